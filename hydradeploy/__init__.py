@@ -1,0 +1,40 @@
+"""hydradeploy: puts an elastic vision transformer on a fleet of unlike devices.
+
+Public names are loaded when they are first used, so importing the package costs nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hydradeploy.bundle import open_bundle
+    from hydradeploy.errors import HydraError
+    from hydradeploy.exporter.export import export
+    from hydradeploy.exporter.pack import pack
+    from hydradeploy.runtime.predict import run
+    from hydradeploy.runtime.verify import verify
+    from hydradeploy.supernet.importer import import_checkpoint
+
+__all__ = ["HydraError", "export", "import_checkpoint", "open_bundle", "pack", "run", "verify"]
+
+_MODULES = {
+    "HydraError": "hydradeploy.errors",
+    "export": "hydradeploy.exporter.export",
+    "import_checkpoint": "hydradeploy.supernet.importer",
+    "open_bundle": "hydradeploy.bundle",
+    "pack": "hydradeploy.exporter.pack",
+    "run": "hydradeploy.runtime.predict",
+    "verify": "hydradeploy.runtime.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,79 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydradeploy.backends import Model, Options, check_input
+from hydradeploy.bundle import Dialect
+from hydradeploy.errors import MissingError
+
+_ERRORS_ONLY = 3
+
+
+class _Session:
+    def __init__(self, model: Model, options: Options) -> None:
+        import onnxruntime
+
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = _ERRORS_ONLY
+        if options.threads is not None:
+            settings.intra_op_num_threads = options.threads
+        self._model = model
+        self._facts = {
+            "onnxruntime": str(onnxruntime.__version__),
+            "provider": "CPUExecutionProvider",
+            "threads": "default" if options.threads is None else str(options.threads),
+        }
+        try:
+            self._session: Any = onnxruntime.InferenceSession(
+                str(model.graph), settings, providers=["CPUExecutionProvider"]
+            )
+        # ONNX Runtime's exceptions have no common base below Exception.
+        except Exception as error:
+            raise MissingError(f"onnxruntime cannot open {model.graph}: {_first_line(error)}") from error
+
+    def __enter__(self) -> _Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session = None
+
+    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        if self._session is None:
+            raise RuntimeError(f"{self._model.name}: the session is closed")
+        check_input(self._model, images)
+        try:
+            logits: NDArray[np.float32] = self._session.run(["logits"], {"image": np.ascontiguousarray(images)})[0]
+        except Exception as error:
+            raise MissingError(f"onnxruntime cannot run {self._model.graph}: {_first_line(error)}") from error
+        return logits
+
+    def facts(self) -> Mapping[str, str]:
+        return self._facts
+
+
+class _Onnxruntime:
+    name = "onnxruntime"
+    dialect: Dialect = "ort"
+
+    def why_not(self) -> str | None:
+        return None if find_spec("onnxruntime") else "the package onnxruntime is not installed"
+
+    def open(self, model: Model, options: Options) -> _Session:
+        return _Session(model, options)
+
+
+BACKEND = _Onnxruntime()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,321 @@
+"""A bundle on disk: its records, opening and verifying it.
+
+    bundle/
+      manifest.json            spec, artifacts, weight tables, every file's SHA-256
+      supernet-fp32.weights    each tensor once, page-aligned
+      h03-fp32.onnx ...        graphs whose initialisers point into the weights file
+      h03-fp32.trt.onnx ...    the same for TensorRT
+      golden.npz               sample images and the logits each artifact must reproduce
+      .stamp.json              sizes, times, inodes and hashes of the last full verification
+
+History of the manifest's schema: 1, the first.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from hydradeploy.errors import IntegrityError, UsageError, environment
+from hydradeploy.files import inside, locked, recover, sha256_bytes, sha256_file, write_atomically
+from hydradeploy.spec import Record, Spec, Subnet
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+GOLDEN = "golden.npz"
+STAMP = ".stamp.json"
+
+Dialect = Literal["ort", "trt"]
+Batch = int | Literal["dynamic"]
+Check = Literal["stamp", "always", "manifest"]
+
+
+class FileRecord(Record, frozen=True, kw_only=True):
+    """What a file must be."""
+
+    sha256: str
+    size_bytes: int
+
+
+class StoredTensor(Record, frozen=True, kw_only=True):
+    """Where a tensor lies in a weights file: row-major, little-endian, matrices as [in, out]."""
+
+    dtype: Literal["float32", "float16"]
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Parity(Record, frozen=True, kw_only=True):
+    """How the artifact compared with the torch subnet in fp32 when it was exported.
+
+    `max_difference` is the largest |logit difference| over samples and dialects, `tolerance` what was allowed, both as
+    fractions of the largest |logit|; `top1_agreement` is a fraction of the samples.
+    """
+
+    samples: int
+    max_difference: float
+    tolerance: float
+    top1_agreement: float
+
+
+class Artifact(Record, frozen=True, kw_only=True):
+    """One subnet in one precision.
+
+    `sha256` is of its content: graph and weight values; `graph_sha256` of graph, shapes and precision alone. `weights`
+    is None where the graphs carry their own. `size_bytes` is what `pack` writes for it.
+    """
+
+    name: str
+    heads: int
+    precision: str
+    batch: Batch
+    graphs: dict[Dialect, str]
+    weights: str | None
+    sha256: str
+    graph_sha256: str
+    parameters: int
+    macs: int
+    size_bytes: int
+    parity: Parity
+
+
+class Manifest(Record, frozen=True, kw_only=True):
+    """The bundle's description. `sha256` is of the rest of it, so that an edited manifest is noticed."""
+
+    schema: int
+    spec: Spec
+    supernet_sha256: str
+    samples: str
+    artifacts: tuple[Artifact, ...]
+    weights: dict[str, dict[str, StoredTensor]]
+    files: dict[str, FileRecord]
+    tools: dict[str, str]
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        for artifact in self.artifacts:
+            self.spec.geometry.subnet(artifact.heads)
+            used = [*artifact.graphs.values(), *([artifact.weights] if artifact.weights else [])]
+            for name in used:
+                if name not in self.files:
+                    raise ValueError(f"artifact {artifact.name} uses {name}, which is not among the files")
+            if artifact.weights is not None and artifact.weights not in self.weights:
+                raise ValueError(f"artifact {artifact.name}: no table of tensors for {artifact.weights}")
+        if len({artifact.name for artifact in self.artifacts}) != len(self.artifacts):
+            raise ValueError("an artifact is named twice")
+
+    def encode(self) -> bytes:
+        """The manifest as it is written, with its own hash."""
+        sealed = msgspec.structs.replace(self, sha256=self.digest())
+        return msgspec.json.format(msgspec.json.encode(sealed), indent=1) + b"\n"
+
+    def digest(self) -> str:
+        """SHA-256 of everything but `sha256` itself."""
+        return sha256_bytes(msgspec.json.encode(msgspec.structs.replace(self, sha256="")))
+
+
+class Stamped(Record, frozen=True, kw_only=True):
+    """What a file was when it was last hashed."""
+
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    sha256: str
+
+
+class Stamp(Record, frozen=True, kw_only=True):
+    """The last full verification; `manifest` is the hash of the manifest it belongs to."""
+
+    manifest: str
+    files: dict[str, Stamped]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """uint8 images (n, s, s, channels) and per artifact the logits (n, classes) it gave when it was exported."""
+
+    images: NDArray[np.uint8]
+    logits: Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An open bundle. Made by `open_bundle`."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def spec(self) -> Spec:
+        return self.manifest.spec
+
+    def artifact(self, name: str) -> Artifact:
+        """The artifact of that name; raises UsageError that names those there are."""
+        for artifact in self.manifest.artifacts:
+            if artifact.name == name:
+                return artifact
+        names = ", ".join(artifact.name for artifact in self.manifest.artifacts)
+        raise UsageError(f"{self.path}: no artifact {name!r}", hint=f"it has {names}")
+
+    def subnet(self, artifact: Artifact) -> Subnet:
+        return self.spec.geometry.subnet(artifact.heads)
+
+    def graph(self, artifact: Artifact, dialect: Dialect) -> Path:
+        """The graph's file; raises IntegrityError where the artifact has none in that dialect."""
+        if dialect not in artifact.graphs:
+            raise IntegrityError(f"{self.path / MANIFEST}: artifact {artifact.name} has no graph in dialect {dialect}")
+        return inside(self.path, artifact.graphs[dialect])
+
+    def golden(self) -> Golden:
+        """The golden samples; raises IntegrityError where they cannot be read."""
+        path = inside(self.path, GOLDEN)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                logits = {name.removeprefix("logits."): arrays[name] for name in arrays.files if name != "images"}
+                return Golden(arrays["images"], logits)
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise IntegrityError(f"{path}: cannot be read ({error})") from error
+
+
+def open_bundle(path: Path, check: Check = "stamp") -> Bundle:
+    """Open a bundle.
+
+    `stamp`: hash manifest and graphs, and the other files too unless they are those of the last verification;
+    `always`: hash everything; `manifest`: hash the manifest alone, for those who read nothing else.
+
+    Raises UsageError when there is no bundle, IntegrityError when a file is missing, changed or leads out of it.
+    """
+    if not path.is_dir():
+        _finish_exchange(path)
+    manifest = read_manifest(path)
+    bundle = Bundle(path, manifest)
+    if check != "manifest":
+        _verify(bundle, trust_stamp=check == "stamp")
+    return bundle
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the bundle at `path`, checked against its own hash."""
+    file = path / MANIFEST
+    try:
+        data = inside(path, MANIFEST).read_bytes()
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{file}: missing", hint="this is no bundle, or it was copied incompletely") from error
+    except OSError as error:
+        raise IntegrityError(f"{file}: cannot be read ({error.strerror})") from error
+    manifest = decode(data, Manifest, file)
+    if manifest.sha256 != manifest.digest():
+        raise IntegrityError(f"{file}: changed since it was written (its sha256 does not agree)", hint=_COPY_AGAIN)
+    return manifest
+
+
+class _Versioned(msgspec.Struct):
+    schema: int
+
+
+_COPY_AGAIN = "copy the bundle again, or export it again"
+_Type = TypeVar("_Type")
+
+
+def decode(data: bytes, kind: type[_Type], file: Path) -> _Type:
+    """Strictly decode one of our JSON files; raises IntegrityError with the file and the path inside it."""
+    try:
+        schema = msgspec.json.decode(data, type=_Versioned).schema if kind is Manifest else SCHEMA
+        if schema != SCHEMA:
+            raise IntegrityError(f"{file}: schema {schema}, this version reads {SCHEMA}", hint="upgrade hydradeploy")
+        return msgspec.json.decode(data, type=kind)
+    except UsageError as error:  # a head count outside the geometry
+        raise IntegrityError(f"{file}: {error.message}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{file}: {error}", hint=_COPY_AGAIN) from error
+
+
+def golden_bytes(golden: Golden) -> bytes:
+    """The golden file. Not compressed: the bytes then depend on the content alone."""
+    buffer = io.BytesIO()
+    logits = {f"logits.{name}": golden.logits[name] for name in sorted(golden.logits)}
+    np.savez(buffer, images=golden.images, **logits)  # type: ignore[arg-type]  # the stubs take ** for allow_pickle
+    return buffer.getvalue()
+
+
+def write_file(path: Path, data: bytes) -> FileRecord:
+    """Write a file of a staged bundle durably and return what it is."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(sha256=sha256_bytes(data), size_bytes=len(data))
+
+
+def _finish_exchange(path: Path) -> None:
+    """Put a bundle back that a killed export had moved aside; raises UsageError where there is none."""
+    aside = path.parent / f".{path.name}.old"
+    if aside.exists():
+        with locked(path, lambda _: None), environment(f"recovering {path}"):
+            recover(path)
+    if not path.is_dir():
+        raise UsageError(f"{path}: no bundle here", hint="write one with hydradeploy export, or name it with --bundle")
+
+
+def _verify(bundle: Bundle, *, trust_stamp: bool) -> None:
+    manifest = bundle.manifest
+    stamp = _read_stamp(bundle) if trust_stamp else None
+    graphs = {name for artifact in manifest.artifacts for name in artifact.graphs.values()}
+    seen: dict[str, Stamped] = {}
+    for name, record in manifest.files.items():
+        path = inside(bundle.path, name)
+        try:
+            status = path.stat()
+            now = Stamped(
+                size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, inode=status.st_ino, sha256=record.sha256
+            )
+            if now.size_bytes != record.size_bytes:
+                raise IntegrityError(
+                    f"{path}: {now.size_bytes} bytes, the manifest says {record.size_bytes}", hint=_COPY_AGAIN
+                )
+            if name in graphs or stamp is None or stamp.files.get(name) != now:
+                if sha256_file(path) != record.sha256:
+                    raise IntegrityError(f"{path}: changed, its sha256 is not the manifest's", hint=_COPY_AGAIN)
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{path}: missing", hint=_COPY_AGAIN) from error
+        except OSError as error:
+            raise IntegrityError(f"{path}: cannot be read ({error.strerror})") from error
+        seen[name] = now
+    fresh = Stamp(manifest=manifest.sha256, files=seen)
+    if fresh != stamp:
+        _write_stamp(bundle, fresh)
+
+
+def _stamp_files(bundle: Bundle) -> tuple[Path, Path]:
+    """In the bundle, and for a bundle that cannot be written to, in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydradeploy" / "stamps"
+    return bundle.path / STAMP, cache / f"{sha256_bytes(os.fsencode(bundle.path.resolve()))[:32]}.json"
+
+
+def _read_stamp(bundle: Bundle) -> Stamp | None:
+    """The stamp that belongs to this manifest; whatever cannot be read is as good as none."""
+    for file in _stamp_files(bundle):
+        with suppress(OSError, msgspec.DecodeError):
+            stamp = msgspec.json.decode(file.read_bytes(), type=Stamp)
+            if stamp.manifest == bundle.manifest.sha256:
+                return stamp
+    return None
+
+
+def _write_stamp(bundle: Bundle, stamp: Stamp) -> None:
+    """Leave the stamp where it can be left; without one the next open only takes longer."""
+    for file in _stamp_files(bundle):
+        with suppress(OSError):
+            if file.parent != bundle.path:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, msgspec.json.encode(stamp))
+            return

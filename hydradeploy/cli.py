@@ -1,0 +1,389 @@
+"""The command line: each command parses, calls one public function, prints the answer; progress goes to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import msgspec
+import typer
+
+from hydradeploy.bundle import Batch, Check
+from hydradeploy.errors import EXIT_CODES, EnvironmentFailed, ExitCode, HydraError, InputError, UsageError
+from hydradeploy.spec import Interpolation, Spec, parse_heads, show_heads
+from hydradeploy.units import show_bytes, show_count, show_percent
+
+_HEARTBEAT_S = 5.0
+
+_CODES = "Exit codes:\n\n\b\n" + "\n".join(f"{code.value:>4}  {text}" for code, text in EXIT_CODES.items())
+
+app = typer.Typer(
+    name="hydradeploy",
+    help="Puts an elastic vision transformer (HydraViT) on a fleet of unlike devices.",
+    epilog=_CODES,
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+BundlePath = Annotated[Path, typer.Option("--bundle", help="The bundle's directory.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Verify = Annotated[str, typer.Option("--verify", metavar="stamp|always", help="Hash what is new, or everything.")]
+
+
+def main() -> None:
+    """Run the command line and exit with one of the documented codes."""
+    sys.exit(_guarded(sys.argv[1:]))
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"hydradeploy {installed('hydradeploy')}")
+        raise typer.Exit
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="Official HydraViT checkpoint, timm/DeiT ViT, or safetensors.")],
+    out: Annotated[Path, typer.Option(help="The supernet file to write.")] = Path("supernet.safetensors"),
+    trained_heads: Annotated[str | None, typer.Option(help="Head counts that were trained: 3-12.")] = None,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.", min=1)] = 64,
+    crop_pct: Annotated[float, typer.Option(help="Share of the resized shorter side that the crop keeps.")] = 0.875,
+    interpolation: Annotated[str, typer.Option(help="nearest, bilinear, bicubic or lanczos.")] = "bicubic",
+    mean: Annotated[str | None, typer.Option(help="One value per channel. Default: ImageNet's for colour.")] = None,
+    std: Annotated[str | None, typer.Option(help="One value per channel. Default: ImageNet's for colour.")] = None,
+    class_names: Annotated[Path | None, typer.Option(help="Text file with one class name per line.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a checkpoint into supernet.safetensors. No pickled code is run."""
+    if interpolation not in ("nearest", "bilinear", "bicubic", "lanczos"):
+        raise UsageError(f"no interpolation {interpolation!r}", hint="one of nearest, bilinear, bicubic, lanczos")
+    heads = None if trained_heads is None else parse_heads(trained_heads)
+    names = None if class_names is None else _lines(class_names)
+    with _extra("export"):
+        from hydradeploy.supernet.importer import import_checkpoint
+    imported = import_checkpoint(
+        checkpoint,
+        out,
+        trained_heads=heads,
+        head_dim=head_dim,
+        crop_pct=crop_pct,
+        interpolation=cast("Interpolation", interpolation),
+        mean=None if mean is None else _floats(mean),
+        std=None if std is None else _floats(std),
+        class_names=names,
+        force=force,
+    )
+    for warning in imported.warnings:
+        _say(f"warning: {warning}")
+    if as_json:
+        _print_json({"out": str(out), "entry": imported.entry, "spec": imported.spec, "warnings": imported.warnings})
+    else:
+        print(f"{out}: {_describe(imported.spec)}, from {imported.entry}")
+
+
+@app.command()
+def export(
+    supernet: Annotated[Path, typer.Option(help="The supernet file.")] = Path("supernet.safetensors"),
+    bundle: BundlePath = Path("bundle"),
+    heads: Annotated[str | None, typer.Option(help="Head counts: 3,6,9-12. Default: all that were trained.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16; several with commas.")] = "fp32",
+    data: Annotated[
+        Path | None, typer.Option(help="Images for the parity gate: a folder or .npz. Default: made from a seed.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Images per run: a number, or dynamic.")] = "1",
+    standalone: Annotated[bool, typer.Option("--standalone", help="Graphs that carry their own weights.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a supernet's subnets as ONNX graphs over one weights file, gated by parity with torch."""
+    wanted = None if heads is None else parse_heads(heads)
+    with _extra("export"):
+        from hydradeploy.exporter.export import export as call
+    with _progress() as report:
+        written = call(
+            supernet,
+            bundle,
+            heads=wanted,
+            precisions=[name.strip() for name in precision.split(",")],
+            batch=_batch(batch),
+            standalone=standalone,
+            data=data,
+            force=force,
+            report=report,
+        )
+    manifest = written.manifest
+    if as_json:
+        _print_json({"bundle": str(bundle), "samples": manifest.samples, "artifacts": manifest.artifacts})
+        return
+    rows = [
+        (
+            a.name,
+            show_count(a.parameters),
+            show_count(a.macs),
+            show_bytes(a.size_bytes),
+            f"{a.parity.max_difference:.1e}",
+            show_percent(a.parity.top1_agreement, 0),
+        )
+        for a in manifest.artifacts
+    ]
+    _table(("artifact", "parameters", "MACs", "packed size", "logit difference", "same top-1"), rows)
+    total = sum(record.size_bytes for record in manifest.files.values())
+    stored = sum(record.size_bytes for name, record in manifest.files.items() if name in manifest.weights)
+    print(
+        f"{bundle}: {show_bytes(total)}, {show_bytes(stored)} of it shared weights; "
+        f"parity on {manifest.artifacts[0].parity.samples} samples ({manifest.samples})"
+    )
+
+
+@app.command()
+def verify(
+    bundle: BundlePath = Path("bundle"),
+    backend: Annotated[str | None, typer.Option(help="Run the golden samples on this backend.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hash every file of a bundle and reproduce its golden outputs here."""
+    from hydradeploy.runtime.verify import verify as call
+
+    verified = call(bundle, backend_name=backend)
+    if as_json:
+        _print_json(verified)
+        return
+    if verified.outputs:
+        rows = [
+            (o.artifact, o.backend, f"{o.max_difference:.1e}", f"{o.tolerance:.0e}", show_percent(o.top1_agreement, 0))
+            for o in verified.outputs
+        ]
+        _table(("artifact", "backend", "logit difference", "allowed", "same top-1"), rows)
+    print(f"{bundle}: {verified.files} files, {show_bytes(verified.size_bytes)}, every hash agrees")
+    if verified.outputs_skipped:
+        print(f"outputs not checked: {verified.outputs_skipped}")
+
+
+@app.command()
+def pack(
+    artifact: Annotated[str, typer.Argument(help="For example h06-fp32.")],
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    bundle: BundlePath = Path("bundle"),
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write just what one device needs: a bundle of one artifact with its weights alone."""
+    with _extra("export"):
+        from hydradeploy.exporter.pack import pack as call
+    packed = call(bundle, artifact, out, force=force)
+    if as_json:
+        _print_json({"out": str(out), "artifact": packed.artifact})
+    else:
+        print(f"{out}: {packed.artifact.name}, {show_bytes(packed.artifact.size_bytes)}")
+
+
+@app.command()
+def run(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    bundle: BundlePath = Path("bundle"),
+    artifact: Annotated[str | None, typer.Option(help="For example h06-fp32. Default: the one of most heads.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Default: the first that is usable.")] = None,
+    top: Annotated[int, typer.Option(help="Classes to show per image.", min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(help="Default: the backend's.", min=1)] = None,
+    check: Verify = "stamp",
+    as_json: Json = False,
+) -> None:
+    """Classify images with one artifact."""
+    if check not in ("stamp", "always"):
+        raise UsageError(f"--verify {check!r} is not possible", hint="stamp or always")
+    from hydradeploy.runtime.predict import run as call
+
+    running = call(
+        bundle,
+        images,
+        artifact=artifact,
+        backend_name=backend,
+        top=top,
+        threads=threads,
+        check=cast("Check", check),
+    )
+    if artifact is None:
+        _say(f"no artifact named, using the one of most heads: {running.artifact.name}")
+    predictions = []
+    for prediction in running.predictions:
+        predictions.append(prediction)
+        if as_json:
+            continue
+        if prediction.error is not None:
+            _say(f"error: {prediction.error}")
+            continue
+        print(prediction.image)
+        for guess in prediction.top:
+            name = guess.name if guess.name is not None else f"class {guess.index}"
+            print(f"  {show_percent(guess.probability):>6}  {name}")
+    if as_json:
+        _print_json({"artifact": running.artifact.name, "backend": running.backend, "images": predictions})
+    failed = sum(prediction.error is not None for prediction in predictions)
+    if failed:
+        raise InputError(f"{failed} of {len(predictions)} images could not be read, the others are answered")
+
+
+def _guarded(arguments: Sequence[str]) -> int:
+    """Run a command; every way out is an exit code, and only a bug shows a traceback."""
+    try:
+        code = app(args=list(arguments), standalone_mode=False, prog_name="hydradeploy")
+        sys.stdout.flush()
+        return code if isinstance(code, int) else ExitCode.OK
+    except HydraError as error:
+        return _fail(error)
+    except _CLICK_ERROR as error:
+        return _fail(UsageError(_sentence(error), hint=_help_hint(error)))
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted")
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has left; so do we, and keep Python from complaining about it on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
+    except MemoryError:
+        return _fail(EnvironmentFailed("out of memory", hint="close other programs, or choose fewer heads"))
+    except OSError as error:
+        named = f": {error.filename}" if error.filename else ""
+        return _fail(EnvironmentFailed(f"{(error.strerror or str(error)).lower()}{named}"))
+    except Exception:
+        traceback.print_exc()
+        _say("error: this is a bug in hydradeploy\nhint: please report it with the lines above")
+        return ExitCode.BUG
+
+
+# typer carries its own copy of click, under a private name; its errors are reached by a public heir.
+_CLICK_ERROR = cast("type[Exception]", typer.BadParameter.__mro__[2])
+
+
+def _sentence(error: Exception) -> str:
+    message = str(cast("Any", error).format_message()).strip()
+    return message.rstrip(".") or "usage"
+
+
+def _help_hint(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path if context is not None else 'hydradeploy'} --help"
+
+
+def _fail(error: HydraError) -> int:
+    _say(f"error: {error.message}")
+    if error.hint:
+        _say(f"hint: {error.hint}")
+    return error.exit_code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print_json(value: object) -> None:
+    print(msgspec.json.encode(value).decode())
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, title in enumerate(header):
+        table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # Not a terminal: no wrapping at an imagined width.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress on stderr: a bar with time left on a terminal, else a line per step and a heartbeat."""
+    if not sys.stderr.isatty():
+        yield _Heartbeat()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total or None)
+            progress.update(tasks[what], completed=done)
+
+        yield report
+
+
+class _Heartbeat:
+    def __init__(self) -> None:
+        self._what, self._last = "", 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what or now - self._last >= _HEARTBEAT_S:
+            _say(f"{what} {done}/{total}" if total else what)
+            self._what, self._last = what, now
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Say which extra to install where a workstation command meets a device's installation."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("hydradeploy"):
+            raise
+        from hydradeploy.errors import MissingError
+
+        raise MissingError(
+            f"the package {error.name} is not installed; this command belongs on a workstation",
+            hint=f"pip install 'hydradeploy[{name}]'",
+        ) from error
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{text!r} is not a list of numbers", hint="write for example 0.485,0.456,0.406") from error
+
+
+def _batch(text: str) -> Batch:
+    if text == "dynamic":
+        return "dynamic"
+    if not text.isdecimal():
+        raise UsageError(f"--batch {text!r} is not possible", hint="a number of images, or dynamic")
+    return int(text)
+
+
+def _describe(spec: Spec) -> str:
+    g = spec.geometry
+    return (
+        f"{show_heads(g.trained_heads)} heads of {g.head_dim}, depth {g.depth}, {g.image_size}x{g.image_size} pixels "
+        f"in patches of {g.patch_size}, {g.classes} classes, crop {spec.preprocessing.crop_pct}"
+    )

@@ -1,0 +1,1 @@
+"""Images in, network input out; numpy and Pillow only."""

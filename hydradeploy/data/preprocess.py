@@ -1,0 +1,70 @@
+"""Evaluation preprocessing: resize the shorter side, centre crop, scale to 0..1, normalise.
+
+The same steps and the same rounding as timm's evaluation transform (`scale_size = floor(image_size / crop_pct)`, then
+torchvision's Resize and CenterCrop on Pillow images), so accuracy carries over. Like them it does not turn images by
+their EXIF tag.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from hydradeploy.errors import InputError
+from hydradeploy.spec import Interpolation, Preprocessing, Spec
+
+_RESAMPLING: dict[Interpolation, Image.Resampling] = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_MODES = {1: "L", 3: "RGB"}
+
+
+def load_image(path: Path, spec: Spec) -> NDArray[np.uint8]:
+    """One image file, resized and cropped: (image_size, image_size, channels).
+
+    Raises InputError for what is not there, not an image, truncated, or for a supernet of neither 1 nor 3 channels.
+    """
+    channels = spec.geometry.channels
+    if channels not in _MODES:
+        raise InputError(f"{path}: image files have 1 or 3 channels, this supernet wants {channels}")
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns of an image that unpacks to gigabytes; here it is refused.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                image = file.convert(_MODES[channels])
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such image") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path}: not an image that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+    return crop(image, spec.geometry.image_size, spec.preprocessing)
+
+
+def crop(image: Image.Image, size: int, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Resize the shorter side to floor(size / crop_pct) and cut the centre: (size, size, channels)."""
+    shorter = math.floor(size / preprocessing.crop_pct)
+    width, height = image.size
+    scaled = (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
+    if scaled != image.size:
+        image = image.resize(scaled, _RESAMPLING[preprocessing.interpolation])
+    left, top = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    return pixels.reshape(size, size, -1)
+
+
+def normalise(images: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """uint8 (n, s, s, channels) in 0..255 to float32 (n, channels, s, s) of the network's scale, contiguous."""
+    scale = np.float32(1) / (np.float32(255) * np.asarray(preprocessing.std, np.float32))
+    shift = np.asarray(preprocessing.mean, np.float32) / np.asarray(preprocessing.std, np.float32)
+    scaled = images.astype(np.float32) * scale - shift
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))

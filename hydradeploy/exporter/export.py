@@ -1,0 +1,340 @@
+"""`export`: a supernet file becomes a bundle, or more artifacts of one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from hydradeploy.backends import Backend, backend
+from hydradeploy.bundle import (
+    GOLDEN,
+    MANIFEST,
+    SCHEMA,
+    STAMP,
+    Artifact,
+    Batch,
+    Bundle,
+    Dialect,
+    FileRecord,
+    Golden,
+    Manifest,
+    Parity,
+    StoredTensor,
+    golden_bytes,
+    open_bundle,
+    read_manifest,
+    write_file,
+)
+from hydradeploy.data import samples
+from hydradeploy.data.preprocess import normalise
+from hydradeploy.errors import IntegrityError, UsageError
+from hydradeploy.exporter import graph as graphs
+from hydradeploy.exporter import lower, parity
+from hydradeploy.exporter.pack import packed_bytes
+from hydradeploy.exporter.precision import PRECISIONS, Precision, precision
+from hydradeploy.exporter.weights import (
+    Array,
+    HeadDigests,
+    convert,
+    layout,
+    stored_shapes,
+    stored_tensors,
+    write_weights,
+)
+from hydradeploy.files import locked, sha256_file, staged
+from hydradeploy.spec import Geometry
+from hydradeploy.supernet.store import Weights, load
+
+SAMPLES = 8
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to be: its subnet, precision, batch, and whether its graphs carry their own weights."""
+
+    heads: int
+    precision: Precision
+    batch: Batch
+    standalone: bool
+
+    @property
+    def name(self) -> str:
+        return f"h{self.heads:02d}-{self.precision.name}"
+
+    def graph_file(self, dialect: Dialect) -> str:
+        return f"{self.name}.onnx" if dialect == "ort" else f"{self.name}.{dialect}.onnx"
+
+
+def export(
+    supernet: Path,
+    bundle: Path,
+    *,
+    heads: Sequence[int] | None = None,
+    precisions: Sequence[str] = ("fp32",),
+    batch: Batch = 1,
+    standalone: bool = False,
+    data: Path | None = None,
+    force: bool = False,
+    report: Report = lambda what, done, total: None,
+) -> Bundle:
+    """Write artifacts of `supernet` into the directory `bundle`, all trained head counts by default.
+
+    Artifacts already there stay, or are replaced if they have the same name. `report(what, done, total)` hears of
+    progress. Raises UsageError (no such file, head count, precision; the bundle is of another supernet and not
+    `force`), InputError (weights or images refused), ParityError (the graphs do not compute what the supernet
+    computes; nothing is written), MissingError (no onnxruntime to run them), EnvironmentFailed (disk). Whatever
+    happens, what was in `bundle` is whole.
+    """
+    kinds = [precision(name) for name in precisions]
+    if batch != "dynamic" and batch < 1:
+        raise UsageError(f"batch {batch} is not possible", hint="--batch takes 1 or more, or dynamic")
+    runner = backend("onnxruntime")
+    report("reading the supernet", 0, 1)
+    weights = load(supernet)
+    geometry = weights.spec.geometry
+    chosen = geometry.trained_heads if heads is None else tuple(heads)
+    jobs = [Job(geometry.subnet(k).heads, kind, batch, standalone) for kind in kinds for k in chosen]
+    given = samples.read(data, weights.spec, SAMPLES) if data is not None else None
+    supernet_sha256 = sha256_file(supernet)
+    with locked(bundle, lambda message: report(message, 0, 0)):
+        there = _existing(bundle, supernet_sha256, force=force)
+        used = given or _samples_of(there) or samples.synthetic(weights.spec, SAMPLES)
+        run = _Export(weights, _merged(there, jobs), used, there, runner, report)
+        with staged(bundle) as stage:
+            manifest = run.write(stage, supernet_sha256)
+            _carry_over(bundle, stage)
+    return Bundle(bundle, manifest)
+
+
+class _Export:
+    """One run over all jobs: weights, graphs, gate, manifest."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        jobs: Sequence[Job],
+        used: samples.Samples,
+        there: Bundle | None,
+        runner: Backend,
+        report: Report,
+    ) -> None:
+        self._weights, self._jobs, self._samples, self._there = weights, jobs, used, there
+        self._runner, self._report = runner, report
+        self._geometry: Geometry = weights.spec.geometry
+        self._files: dict[str, FileRecord] = {}
+        self._tables: dict[str, dict[str, StoredTensor]] = {}
+        self._content: dict[Job, str] = {}
+        arrays = {name: tensor.numpy() for name, tensor in weights.tensors.items()}
+        self._stored = stored_tensors(arrays, self._geometry)
+
+    def write(self, stage: Path, supernet_sha256: str) -> Manifest:
+        """Fill the staged directory and return its manifest."""
+        self._report("writing weights and graphs", 0, len(self._jobs))
+        for kind in dict.fromkeys(job.precision for job in self._jobs):
+            self._write_weights(stage, kind)
+        digests = {}
+        for done, job in enumerate(self._jobs, 1):
+            digests[job] = self._write_graphs(stage, job)
+            self._report("writing weights and graphs", done, len(self._jobs))
+        checked = dict(self._gate(stage))
+        golden = Golden(self._samples.images, {job.name: logits for job, (_, logits) in checked.items()})
+        self._files[GOLDEN] = write_file(stage / GOLDEN, golden_bytes(golden))
+        artifacts = [self._artifact(job, digests[job], checked[job][0]) for job in self._jobs]
+        manifest = Manifest(
+            schema=SCHEMA,
+            spec=self._weights.spec,
+            supernet_sha256=supernet_sha256,
+            samples=self._samples.source,
+            artifacts=tuple(artifacts),
+            weights=self._tables,
+            files=self._files,
+            tools=_tools(),
+        )
+        sized = tuple(
+            msgspec.structs.replace(artifact, size_bytes=packed_bytes(manifest, artifact, golden))
+            for artifact in artifacts
+        )
+        manifest = msgspec.structs.replace(manifest, artifacts=sized)
+        write_file(stage / MANIFEST, manifest.encode())
+        return msgspec.structs.replace(manifest, sha256=manifest.digest())
+
+    def _write_weights(self, stage: Path, kind: Precision) -> None:
+        """One pass over the weights of a precision: convert, hash what each head adds, write the shared file."""
+        jobs = [job for job in self._jobs if job.precision == kind]
+        digests = HeadDigests(self._geometry, max(job.heads for job in jobs))
+
+        def tensors() -> Iterator[tuple[str, Array]]:
+            for name, view in self._stored.items():
+                tensor = convert(name, view, kind)
+                digests.update(name, tensor)
+                yield name, tensor
+
+        shared = [job.heads for job in jobs if not job.standalone]
+        if shared:
+            largest = self._geometry.subnet(max(shared))
+            file = f"supernet-{kind.name}.weights"
+            self._tables[file], _ = layout(stored_shapes(largest), kind)
+            self._files[file] = write_weights(stage / file, self._tables[file], tensors())
+        else:
+            for _ in tensors():
+                pass
+        preprocessing = msgspec.json.encode(self._weights.spec.preprocessing)
+        for job in jobs:
+            self._content[job] = digests.content(job.heads, self._graph_digest(job).encode(), preprocessing)
+
+    def _write_graphs(self, stage: Path, job: Job) -> str:
+        for dialect, graph in zip(graphs.DIALECTS, self._graphs(job), strict=True):
+            if job.standalone:
+                blocks = {
+                    weight.name: convert(weight.name, _block(self._stored[weight.name], weight.shape), job.precision)
+                    for weight in graph.weights
+                }
+                data = lower.embedded(graph, blocks)
+            else:
+                file = f"supernet-{job.precision.name}.weights"
+                data = lower.shared(graph, self._tables[file], file)
+            name = job.graph_file(dialect)
+            self._files[name] = write_file(stage / name, data)
+        return self._graph_digest(job)
+
+    def _gate(self, stage: Path) -> Iterator[tuple[Job, tuple[Parity, parity.Logits]]]:
+        """Parity of every artifact; the record stays where neither its files nor the samples changed."""
+        images = normalise(self._samples.images, self._weights.spec.preprocessing)
+        kept = self._unchanged()
+        references: dict[int, parity.Logits] = {}
+        for done, job in enumerate(self._jobs):
+            self._report("checking parity", done, len(self._jobs))
+            if job.name in kept:
+                yield job, kept[job.name]
+                continue
+            subnet = self._geometry.subnet(job.heads)
+            if job.heads not in references:
+                references[job.heads] = parity.reference(self._weights, subnet, images)
+            paths = {dialect: stage / job.graph_file(dialect) for dialect in graphs.DIALECTS}
+            yield job, parity.gate(references[job.heads], paths, subnet, job.precision, job.batch, images, self._runner)
+        self._report("checking parity", len(self._jobs), len(self._jobs))
+
+    def _unchanged(self) -> dict[str, tuple[Parity, parity.Logits]]:
+        if self._there is None:
+            return {}
+        golden = self._there.golden()
+        if not np.array_equal(golden.images, self._samples.images):
+            return {}
+        before = self._there.manifest.files
+        same = {}
+        for artifact in self._there.manifest.artifacts:
+            used = [*artifact.graphs.values(), *([artifact.weights] if artifact.weights else [])]
+            if all(before[name] == self._files.get(name) for name in used):
+                same[artifact.name] = artifact.parity, golden.logits[artifact.name]
+        return same
+
+    def _artifact(self, job: Job, graph_sha256: str, checked: Parity) -> Artifact:
+        subnet = self._geometry.subnet(job.heads)
+        return Artifact(
+            name=job.name,
+            heads=job.heads,
+            precision=job.precision.name,
+            batch=job.batch,
+            graphs={dialect: job.graph_file(dialect) for dialect in graphs.DIALECTS},
+            weights=None if job.standalone else f"supernet-{job.precision.name}.weights",
+            sha256=self._content[job],
+            graph_sha256=graph_sha256,
+            parameters=subnet.parameters,
+            macs=subnet.macs,
+            size_bytes=0,
+            parity=checked,
+        )
+
+    def _graphs(self, job: Job) -> tuple[graphs.Graph, ...]:
+        subnet = self._geometry.subnet(job.heads)
+        return tuple(graphs.write(subnet, job.precision, dialect, job.batch) for dialect in graphs.DIALECTS)
+
+    def _graph_digest(self, job: Job) -> str:
+        return graphs.digest(self._graphs(job))
+
+
+def _block(tensor: Array, shape: tuple[int, ...]) -> Array:
+    return tensor[tuple(slice(size) for size in shape)]
+
+
+def _existing(path: Path, supernet_sha256: str, *, force: bool) -> Bundle | None:
+    """The bundle to add to, None where there is none or where `force` starts afresh."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
+    if not path.is_dir() or not (path / MANIFEST).exists():
+        raise UsageError(f"{path} exists and is no bundle; it is left as it is", hint="name another with --bundle")
+    try:
+        there = open_bundle(path)
+    except IntegrityError as error:
+        if force:
+            return None
+        raise IntegrityError(error.message, hint="export --force replaces the damaged bundle") from error
+    if there.manifest.supernet_sha256 == supernet_sha256:
+        return there
+    if force:
+        return None
+    raise UsageError(
+        f"{path} holds artifacts of another supernet "
+        f"({there.manifest.supernet_sha256[:12]}, not {supernet_sha256[:12]})",
+        hint="replace them with --force, or name another bundle with --bundle",
+    )
+
+
+def _merged(there: Bundle | None, new: Iterable[Job]) -> list[Job]:
+    """The jobs that make the bundle: what is there, and what is new in its place or beside it; in a fixed order."""
+    artifacts = there.manifest.artifacts if there is not None else ()
+    jobs = {a.name: Job(a.heads, precision(a.precision), a.batch, a.weights is None) for a in artifacts}
+    jobs |= {job.name: job for job in new}
+    order = list(PRECISIONS)
+    return sorted(jobs.values(), key=lambda job: (order.index(job.precision.name), job.heads))
+
+
+def _samples_of(there: Bundle | None) -> samples.Samples | None:
+    return samples.Samples(there.golden().images, there.manifest.samples) if there is not None else None
+
+
+def _carry_over(bundle: Path, stage: Path) -> None:
+    """Take along what others keep in the bundle: accuracy, engines, notes. What export writes is written anew."""
+    if not bundle.is_dir():
+        return
+    ours = _own_files(bundle)
+    for entry in bundle.iterdir():
+        target = stage / entry.name
+        if entry.name in ours or target.exists():
+            continue
+        if entry.is_symlink() or entry.is_file():
+            shutil.copy2(entry, target, follow_symlinks=False)
+        elif entry.is_dir():
+            shutil.copytree(entry, target, symlinks=True, copy_function=_link)
+
+
+def _own_files(bundle: Path) -> set[str]:
+    """The names export wrote: from the manifest, or by their endings where a damaged one is being replaced."""
+    try:
+        written = set(read_manifest(bundle).files)
+    except IntegrityError:
+        written = {entry.name for entry in bundle.iterdir() if entry.suffix in (".onnx", ".weights")}
+    return written | {MANIFEST, GOLDEN, STAMP}
+
+
+def _link(source: str, target: str) -> None:
+    """Compiled engines are large and never changed in place."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _tools() -> dict[str, str]:
+    names = ("hydradeploy", "numpy", "onnx", "onnxruntime", "torch")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

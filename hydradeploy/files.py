@@ -1,0 +1,168 @@
+"""Files that are whole or not there: atomic writes, directories exchanged in one step, hashes, locks.
+
+A directory is replaced by staging its successor beside it and exchanging the two, so a kill at any moment leaves the
+old one or the new one, never a mixture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hydradeploy.errors import IntegrityError, environment
+
+CHUNK = 1 << 20
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
+    """Hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, by plain reads: mapped pages would count as this process's memory."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file under a temporary name and rename it; raises OSError and leaves what was there."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path of `name` below `root`.
+
+    Raises IntegrityError when the name or a symbolic link leads out of `root`.
+    """
+    if not name or os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
+        raise IntegrityError(f"{root}: the file name {name!r} leaves the directory")
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise IntegrityError(f"{path}: a symbolic link leads out of {root}")
+    return path
+
+
+@contextmanager
+def locked(target: Path, waiting: Callable[[str], None]) -> Iterator[None]:
+    """Hold the writers' lock of `target` (a file beside it); `waiting` is told when another process has it.
+
+    The kernel drops the lock with the process, so a killed writer never blocks the next one.
+    """
+    with environment(f"locking {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = target.parent / f".{target.name}.lock"
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        with environment(f"locking {lock}"):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting(f"another process is writing {target}; waiting for it")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A fresh directory beside `target` that takes its place when the block ends without an error.
+
+    Call it with the lock of `target` held: what earlier, killed writers left staged is removed first.
+    """
+    with environment(f"writing {target}"):
+        recover(target)
+        for leftover in target.parent.glob(f".{target.name}.staged-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.staged-", dir=target.parent))
+    try:
+        with environment(f"writing {target}"):
+            stage.chmod(0o777 & ~_umask())
+            yield stage
+            _sync(stage)
+            _take_place(stage, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Finish an exchange by two renames that a kill cut in half: put the old directory back if the new is not there."""
+    old = _aside(target)
+    if not old.exists():
+        return
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError):
+            os.rename(old, target)
+
+
+def _aside(target: Path) -> Path:
+    return target.parent / f".{target.name}.old"
+
+
+def _take_place(stage: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(stage, target)
+    elif not _exchange(stage, target):
+        os.rename(target, _aside(target))
+        os.rename(stage, target)
+        shutil.rmtree(_aside(target), ignore_errors=True)
+    _sync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step; False where kernel, C library or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _sync(directory: Path) -> None:
+    """Make a directory's entries durable; the files in it are synced by whoever wrote them."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    """The process's umask, read without a moment in which it is another (Linux 4.7 and newer)."""
+    with suppress(OSError, ValueError), open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o022

@@ -1,0 +1,1 @@
+"""The device side: run artifacts and check them; no torch, no onnx."""

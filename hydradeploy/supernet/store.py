@@ -1,0 +1,155 @@
+"""`supernet.safetensors`: the weights under timm's names, the spec as JSON in the header under "hydradeploy"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from hydradeploy.errors import InputError, IntegrityError, UsageError, environment
+from hydradeploy.files import write_atomically
+from hydradeploy.spec import Geometry, Record, Spec, Subnet, leading, three
+from hydradeploy.supernet.model import Supernet
+
+HEADER = "hydradeploy"
+
+
+class Header(Record, frozen=True, kw_only=True):
+    """What the file's header says besides names and shapes."""
+
+    schema: int
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A spec and the tensors that fit it, mapped from their file: pages are read when touched."""
+
+    spec: Spec
+    tensors: Mapping[str, Tensor]
+
+    def model(self) -> Supernet:
+        """A supernet in evaluation mode with a copy of these weights."""
+        with torch.device("meta"):
+            model = Supernet(self.spec.geometry)
+        model.load_state_dict({name: tensor.clone() for name, tensor in self.tensors.items()}, assign=True)
+        return model.eval()
+
+    def plain(self, subnet: Subnet) -> Supernet:
+        """The plain ViT of one subnet, in evaluation mode, without building the supernet."""
+        with torch.device("meta"):
+            model = Supernet(self.spec.geometry.alone(subnet.heads))
+        pieces = {name: leading(self.tensors[name], name, shape) for name, shape in subnet.shapes.items()}
+        model.load_state_dict({name: piece.clone() for name, piece in pieces.items()}, assign=True)
+        return model.eval()
+
+
+def save(path: Path, spec: Spec, tensors: Mapping[str, Tensor]) -> None:
+    """Write a supernet file, whole or not at all.
+
+    Raises InputError for tensors that do not fit the spec or are not finite, EnvironmentFailed when the disk fails.
+    """
+    check(tensors, spec.geometry, str(path))
+    header = msgspec.json.encode(Header(schema=1, spec=spec)).decode()
+    data = to_safetensors(
+        {name: tensors[name].detach().to("cpu", torch.float32).contiguous() for name in spec.geometry.shapes()},
+        metadata={"format": "pt", HEADER: header},
+    )
+    with environment(f"writing {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+
+
+def load(path: Path) -> Weights:
+    """Open a supernet file.
+
+    Raises UsageError when it is not there, IntegrityError when it is damaged or its header is not ours, InputError for
+    tensors that do not fit the spec or are not finite.
+    """
+    tensors, metadata = read_safetensors(path)
+    if HEADER not in metadata:
+        raise InputError(
+            f"{path}: the header holds no spec, so this is not a supernet file",
+            hint=f"hydradeploy import {path} --out supernet.safetensors",
+        )
+    spec = _spec(path, metadata[HEADER])
+    check(tensors, spec.geometry, str(path))
+    return Weights(spec, tensors)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, mapped, and metadata of any safetensors file; raises UsageError or IntegrityError."""
+    if not path.is_file():
+        raise UsageError(
+            f"{path}: no such file", hint="train a supernet or import a checkpoint: hydradeploy import --help"
+        )
+    try:
+        with environment(f"reading {path}"), safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise IntegrityError(
+            f"{path}: not a whole safetensors file ({error})", hint="copy or write it again; it may be truncated"
+        ) from error
+
+
+def check(tensors: Mapping[str, Tensor], geometry: Geometry, source: str) -> None:
+    """Raise InputError unless `tensors` are just those of the geometry, float and finite; names tensor and shapes."""
+    expected = geometry.shapes()
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise InputError(f"{source}: tensor {name} is missing, expected with shape {shape}")
+        if tuple(tensors[name].shape) != shape:
+            raise InputError(f"{source}: tensor {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise InputError(
+                f"{source}: tensor {name} with shape {tuple(tensor.shape)} has no place in a plain ViT, expected none",
+                hint="supported: class token, learned positions, pre-norm blocks, one linear head, as in timm's DeiT",
+            )
+        if not tensor.is_floating_point():
+            raise InputError(f"{source}: tensor {name} is {tensor.dtype}, expected floating point")
+        # One pass and no copy: a sum is finite only if every term is, and terms that cancel infinities give NaN.
+        if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            raise InputError(f"{source}: tensor {name} holds NaN or infinite values")
+
+
+def place(model: Supernet, small: Mapping[str, Tensor], geometry: Geometry) -> None:
+    """Put a smaller ViT into the leading corner, so that the supernet at its head count equals it exactly.
+
+    Raises InputError where anything but the number of heads differs, naming the tensor and both shapes.
+    """
+    check(small, geometry, "the smaller ViT")
+    if geometry.head_dim != model.geometry.head_dim or geometry.eps != model.geometry.eps:
+        raise InputError(
+            f"the smaller ViT has head_dim {geometry.head_dim} and eps {geometry.eps}, "
+            f"the supernet {model.geometry.head_dim} and {model.geometry.eps}"
+        )
+    corner = msgspec.structs.replace(model.geometry, heads=geometry.heads, trained_heads=(geometry.heads,))
+    check(small, corner, "the smaller ViT, in the supernet's leading corner")
+    if geometry.heads > model.geometry.heads:
+        raise InputError(f"the smaller ViT has {geometry.heads} heads, the supernet {model.geometry.heads}")
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if ".attn.qkv." in name:
+                piece = three(small[name])
+                three(tensor)[tuple(slice(size) for size in piece.shape)] = piece
+            else:
+                tensor[tuple(slice(size) for size in small[name].shape)] = small[name]
+
+
+def _spec(path: Path, text: str) -> Spec:
+    where = f"{path}: the header's {HEADER!r} entry"
+    try:
+        schema = json.loads(text).get("schema")
+        if schema != 1:
+            raise IntegrityError(f"{where} has schema {schema}, this version reads 1", hint="upgrade hydradeploy")
+        return msgspec.json.decode(text, type=Header).spec
+    except (ValueError, AttributeError) as error:
+        raise IntegrityError(f"{where} cannot be read: {error}") from error

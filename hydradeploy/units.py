@@ -1,0 +1,97 @@
+"""Quantities with units: read from people, shown to people. Inside, everything is SI.
+
+A bare number is refused, because peers mix milliseconds, seconds and microseconds and nobody can tell.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from hydradeploy.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A kind of quantity: its name for people, an example, and what one of each unit is in SI."""
+
+    name: str
+    example: str
+    units: Mapping[str, float]
+
+
+def _quantity(name: str, example: str, units: dict[str, float]) -> Quantity:
+    return Quantity(name, example, MappingProxyType(units))
+
+
+_BINARY = {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+_DECIMAL = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+
+DURATION = _quantity(
+    "a duration", "20ms", {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
+)
+SIZE = _quantity("a size", "1.5GiB", _DECIMAL | _BINARY)
+ENERGY = _quantity("an energy", "0.4J", {"uJ": 1e-6, "µJ": 1e-6, "mJ": 1e-3, "J": 1.0, "kJ": 1e3})
+POWER = _quantity("a power", "15W", {"mW": 1e-3, "W": 1.0, "kW": 1e3})
+FRACTION = _quantity("a percentage", "78%", {"%": 0.01, "pp": 0.01})
+RATE = _quantity("a rate", "50/s", {"/s": 1.0, "hz": 1.0, "Hz": 1.0, "/min": 1 / 60})
+
+_NUMBER = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+)\s*(\S*)\s*")
+
+
+def parse(text: str, quantity: Quantity) -> float:
+    """The SI value of `text`, for example 0.02 for "20ms" as a DURATION.
+
+    Raises UsageError for a bare number, an unknown unit, a negative or an infinite value.
+    """
+    match = _NUMBER.fullmatch(text)
+    known = ", ".join(quantity.units)
+    if match is None:
+        raise UsageError(f"{text!r} is not {quantity.name}", hint=f"write for example {quantity.example}")
+    number, unit = match.groups()
+    if not unit:
+        suggestion = number + re.sub(r"[-+.0-9]", "", quantity.example)
+        raise UsageError(f"{text!r} has no unit", hint=f"{quantity.name} needs one of {known}: {suggestion}?")
+    if unit not in quantity.units:
+        raise UsageError(f"{text!r}: {unit!r} is not a unit of {quantity.name[2:].strip()}", hint=f"one of {known}")
+    value = float(number.replace("_", "")) * quantity.units[unit]
+    if not math.isfinite(value):
+        raise UsageError(f"{text!r} is not a finite number", hint=f"write for example {quantity.example}")
+    return value
+
+
+def show_bytes(size_bytes: float) -> str:
+    """Binary units with three significant digits: 22.9 MiB."""
+    for unit, factor in reversed(_BINARY.items()):
+        if size_bytes >= factor:
+            return f"{_three(size_bytes / factor)} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
+def show_seconds(seconds: float) -> str:
+    """The unit that gives a number from 1 to 999, three significant digits: 17.4 ms."""
+    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= factor:
+            return f"{_three(seconds / factor)} {unit}"
+    return f"{_three(seconds * 1e9)} ns"
+
+
+def show_count(count: float) -> str:
+    """A large count of things: 17.6 G, 86.6 M."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= factor:
+            return f"{_three(count / factor)} {unit}"
+    return f"{count:.0f}"
+
+
+def show_percent(fraction: float, digits: int = 1) -> str:
+    """A fraction as per cent: 0.784 is 78.4%."""
+    return f"{100 * fraction:.{digits}f}%"
+
+
+def _three(value: float) -> str:
+    decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:.{decimals}f}"

@@ -1,0 +1,151 @@
+"""What the tests share: a small supernet, a bundle of it, and the command line as a function."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+# One thread per worker: two workers with two threads each on two cores only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, settings
+
+from hydradeploy.spec import Geometry, Preprocessing, Spec
+from hydradeploy.supernet.model import Supernet
+from hydradeploy.supernet.store import save
+
+torch.set_num_threads(1)
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("default")
+
+REQUIRED = set(filter(None, os.environ.get("HYDRADEPLOY_REQUIRE", "").split(",")))
+
+
+def missing(what: str, reason: str) -> None:
+    """Skip visibly, or fail where HYDRADEPLOY_REQUIRE names it."""
+    if what in REQUIRED:
+        pytest.fail(f"{what} is required here: {reason}")
+    pytest.skip(f"{what}: {reason}")
+
+
+def require(package: str) -> None:
+    """Skip or fail unless a package is installed."""
+    if find_spec(package) is None:
+        missing(package, "not installed")
+
+
+def geometry(**changes: object) -> Geometry:
+    """A small supernet's geometry: 6 heads of 8, trained from 2 on."""
+    values: dict[str, object] = {
+        "image_size": 32,
+        "patch_size": 8,
+        "channels": 3,
+        "head_dim": 8,
+        "heads": 6,
+        "trained_heads": (2, 3, 4, 5, 6),
+        "depth": 2,
+        "mlp_ratio": 4.0,
+        "classes": 10,
+        "eps": 1e-6,
+    }
+    return Geometry(**(values | changes))  # type: ignore[arg-type]
+
+
+def spec(shape: Geometry | None = None, **changes: object) -> Spec:
+    """A spec around a geometry."""
+    shape = shape or geometry()
+    values: dict[str, object] = {
+        "mean": (0.5,) * shape.channels,
+        "std": (0.25,) * shape.channels,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+    }
+    return Spec(geometry=shape, preprocessing=Preprocessing(**(values | changes)))  # type: ignore[arg-type]
+
+
+def supernet(shape: Geometry | None = None, seed: int = 0) -> Supernet:
+    """A supernet whose every tensor is random, norms and biases too, so that a mix-up of any shows."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Supernet(shape or geometry()).initialise(generator).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            tensor.copy_(centre + 0.2 * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def write_supernet(path: Path, shape: Geometry | None = None, seed: int = 0) -> Path:
+    """A supernet file."""
+    model = supernet(shape, seed)
+    save(path, spec(model.geometry), model.state_dict())
+    return path
+
+
+@pytest.fixture(scope="session")
+def supernet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A supernet file; do not write to it."""
+    return write_supernet(tmp_path_factory.mktemp("supernet") / "supernet.safetensors")
+
+
+@pytest.fixture(scope="session")
+def shared_bundle(tmp_path_factory: pytest.TempPathFactory, supernet_file: Path) -> Path:
+    """A bundle in fp32 and fp16; do not write to it."""
+    require("onnxruntime")
+    from hydradeploy import export
+
+    path = tmp_path_factory.mktemp("exported") / "bundle"
+    export(supernet_file, path, precisions=("fp32", "fp16"))
+    return path
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, shared_bundle: Path) -> Path:
+    """A copy of the bundle to damage."""
+    return Path(shutil.copytree(shared_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """An image file of 60 by 40 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Ran]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`cli("export", "--heads", 3)` runs the command line in this process."""
+    from hydradeploy.cli import main
+
+    def call(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["hydradeploy", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return Ran(int(ended.value.code or 0), captured.out, captured.err)
+
+    return call
