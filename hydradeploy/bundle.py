@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydradeploy.errors import IntegrityError, UsageError, environment
-from hydradeploy.files import inside, locked, recover, sha256_bytes, sha256_file, write_atomically
+from hydradeploy.files import inside, locked, moved_aside, recover, sha256_bytes, sha256_file, write_atomically
 from hydradeploy.spec import Record, Spec, Subnet
 
 SCHEMA = 1
@@ -194,8 +194,11 @@ def open_bundle(path: Path, check: Check = "stamp") -> Bundle:
 
     Raises UsageError when there is no bundle, IntegrityError when a file is missing, changed or leads out of it.
     """
+    if moved_aside(path):
+        with locked(path, lambda _: None), environment(f"recovering {path}"):
+            recover(path)
     if not path.is_dir():
-        _finish_exchange(path)
+        raise UsageError(f"{path}: no bundle here", hint="write one with hydradeploy export, or name it with --bundle")
     manifest = read_manifest(path)
     bundle = Bundle(path, manifest)
     if check != "manifest":
@@ -254,16 +257,6 @@ def write_file(path: Path, data: bytes) -> FileRecord:
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(sha256=sha256_bytes(data), size_bytes=len(data))
-
-
-def _finish_exchange(path: Path) -> None:
-    """Put a bundle back that a killed export had moved aside; raises UsageError where there is none."""
-    aside = path.parent / f".{path.name}.old"
-    if aside.exists():
-        with locked(path, lambda _: None), environment(f"recovering {path}"):
-            recover(path)
-    if not path.is_dir():
-        raise UsageError(f"{path}: no bundle here", hint="write one with hydradeploy export, or name it with --bundle")
 
 
 def _verify(bundle: Bundle, *, trust_stamp: bool) -> None:

@@ -44,15 +44,20 @@ def main() -> None:
     sys.exit(_guarded(sys.argv[1:]))
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"hydradeploy {version('hydradeploy')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
-) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        print(f"hydradeploy {installed('hydradeploy')}")
-        raise typer.Exit
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 @app.command("import")
@@ -243,15 +248,17 @@ def _guarded(arguments: Sequence[str]) -> int:
     try:
         code = app(args=list(arguments), standalone_mode=False, prog_name="hydradeploy")
         sys.stdout.flush()
+        if code == ExitCode.INTERRUPTED:  # typer's answer to KeyboardInterrupt
+            _say("interrupted")
         return code if isinstance(code, int) else ExitCode.OK
     except HydraError as error:
         return _fail(error)
     except _CLICK_ERROR as error:
         return _fail(UsageError(_sentence(error), hint=_help_hint(error)))
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         _say("interrupted")
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # the second is typer's answer to the first
         # The reader of our output has left; so do we, and keep Python from complaining about it on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -74,19 +75,34 @@ def locked(target: Path, waiting: Callable[[str], None]) -> Iterator[None]:
 
     The kernel drops the lock with the process, so a killed writer never blocks the next one.
     """
+    lock = _beside(target, "lock")
     with environment(f"locking {target}"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = target.parent / f".{target.name}.lock"
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(lock, lambda: waiting(f"another process is writing {target}; waiting for it"))
     try:
-        with environment(f"locking {lock}"):
+        yield
+    finally:
+        # Removed while held: whoever waited on this file sees that it is no longer the lock and takes a new one.
+        with suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
+
+
+def _lock(lock: Path, waiting: Callable[[], None]) -> int:
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                waiting(f"another process is writing {target}; waiting for it")
+                waiting()
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 
@@ -96,44 +112,56 @@ def staged(target: Path) -> Iterator[Path]:
 
     Call it with the lock of `target` held: what earlier, killed writers left staged is removed first.
     """
+    place = _beside(target, "staged-")
     with environment(f"writing {target}"):
         recover(target)
-        for leftover in target.parent.glob(f".{target.name}.staged-*"):
+        for leftover in place.parent.glob(f"{glob.escape(place.name)}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.staged-", dir=target.parent))
+        stage = Path(tempfile.mkdtemp(prefix=place.name, dir=place.parent))
     try:
         with environment(f"writing {target}"):
             stage.chmod(0o777 & ~_umask())
             yield stage
             _sync(stage)
-            _take_place(stage, target)
+            _take_place(stage, _real(target))
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
 def recover(target: Path) -> None:
     """Finish an exchange by two renames that a kill cut in half: put the old directory back if the new is not there."""
-    old = _aside(target)
+    old = _beside(target, "old")
     if not old.exists():
         return
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
     else:
         with suppress(FileNotFoundError):
-            os.rename(old, target)
+            os.rename(old, _real(target))
 
 
-def _aside(target: Path) -> Path:
-    return target.parent / f".{target.name}.old"
+def moved_aside(target: Path) -> bool:
+    """Whether a kill in the middle of an exchange left `target` under its other name."""
+    return not target.exists() and _beside(target, "old").exists()
+
+
+def _real(target: Path) -> Path:
+    """Where a symbolic link leads: what it points to is replaced, not the link."""
+    return Path(os.path.realpath(target))
+
+
+def _beside(target: Path, role: str) -> Path:
+    real = _real(target)
+    return real.parent / f".{real.name}.{role}"
 
 
 def _take_place(stage: Path, target: Path) -> None:
     if not target.exists():
         os.rename(stage, target)
     elif not _exchange(stage, target):
-        os.rename(target, _aside(target))
+        os.rename(target, _beside(target, "old"))
         os.rename(stage, target)
-        shutil.rmtree(_aside(target), ignore_errors=True)
+        shutil.rmtree(_beside(target, "old"), ignore_errors=True)
     _sync(target.parent)
 
 

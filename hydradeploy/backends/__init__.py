@@ -16,7 +16,7 @@ from hydradeploy.bundle import Artifact, Batch, Bundle, Dialect
 from hydradeploy.errors import InputError, MissingError, UsageError
 from hydradeploy.spec import Geometry
 
-MODULES = {"onnxruntime": "hydradeploy.backends.onnxruntime"}
+BACKEND_MODULES = {"onnxruntime": "hydradeploy.backends.onnxruntime"}
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def backend(name: str | None = None) -> Backend:
 
     Raises UsageError for an unknown name, MissingError where it, or every one, is not usable here.
     """
-    if name is not None and name not in MODULES:
-        raise UsageError(f"no backend {name!r}", hint=f"one of {', '.join(MODULES)}")
+    if name is not None and name not in BACKEND_MODULES:
+        raise UsageError(f"no backend {name!r}", hint=f"one of {', '.join(BACKEND_MODULES)}")
     reasons = []
-    for candidate in [name] if name is not None else MODULES:
-        found: Backend = import_module(MODULES[candidate]).BACKEND
+    for candidate in [name] if name is not None else BACKEND_MODULES:
+        found: Backend = import_module(BACKEND_MODULES[candidate]).BACKEND
         reason = found.why_not()
         if reason is None:
             return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hydradeploy.backends import MODULES, Backend, Options, backend, model_of, run_all
+from hydradeploy.backends import BACKEND_MODULES, Backend, Options, backend, model_of, run_all
 from hydradeploy.bundle import MANIFEST, Bundle, open_bundle
 from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import IntegrityError, MissingError, ParityError
@@ -55,7 +55,7 @@ def _runner(name: str | None) -> tuple[Backend | None, str | None]:
     try:
         return backend(name), None
     except MissingError as error:
-        if name in MODULES:
+        if name in BACKEND_MODULES:
             raise
         return None, error.message
 

@@ -1,0 +1,538 @@
+"""Export: what it writes, what it keeps, what it refuses, and that nothing is lost whatever happens."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from hydradeploy import export, open_bundle
+from hydradeploy.backends import BACKEND_MODULES
+from hydradeploy.bundle import MANIFEST
+from hydradeploy.data.preprocess import normalise
+from hydradeploy.errors import EnvironmentFailed, IntegrityError, ParityError, UsageError
+from hydradeploy.supernet.store import load
+from tests.conftest import Cli, geometry, missing, write_supernet
+
+
+def names(bundle: Path) -> list[str]:
+    return [artifact.name for artifact in open_bundle(bundle).manifest.artifacts]
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != ".stamp.json"}
+
+
+def leftovers(parent: Path) -> list[str]:
+    return [path.name for path in parent.iterdir() if path.name.startswith(".")]
+
+
+def test_the_whole_bundle_is_little_larger_than_its_largest_subnet(tmp_path):
+    file = write_supernet(
+        tmp_path / "s.safetensors", geometry(head_dim=32, heads=8, trained_heads=tuple(range(1, 9)), depth=2)
+    )
+    export(file, tmp_path / "bundle")
+    written = [p for p in (tmp_path / "bundle").iterdir() if p.suffix in (".onnx", ".weights")]
+    assert len(written) == 17
+    weights = sum(p.stat().st_size for p in written if p.suffix == ".weights")
+    assert weights <= file.stat().st_size + 4096 * 40
+
+
+def test_golden_logits_are_those_of_the_torch_subnet(shared_bundle, supernet_file):
+    bundle = open_bundle(shared_bundle)
+    golden, weights = bundle.golden(), load(supernet_file)
+    images = torch.from_numpy(normalise(golden.images, bundle.spec.preprocessing))
+    for artifact in bundle.manifest.artifacts:
+        with torch.inference_mode():
+            expected = weights.plain(bundle.subnet(artifact))(images).numpy()
+        scale = np.abs(expected).max()
+        tolerance = 1e-4 if artifact.precision == "fp32" else 1e-2
+        assert np.abs(golden.logits[artifact.name] - expected).max() <= tolerance * scale
+        assert artifact.parity.max_difference <= tolerance
+
+
+def test_artifacts_describe_themselves(shared_bundle, supernet_file):
+    bundle = open_bundle(shared_bundle)
+    shape = bundle.spec.geometry
+    for artifact in bundle.manifest.artifacts:
+        subnet = shape.subnet(artifact.heads)
+        assert (artifact.parameters, artifact.macs) == (subnet.parameters, subnet.macs)
+        assert artifact.name == f"h{artifact.heads:02d}-{artifact.precision}"
+    assert len({a.sha256 for a in bundle.manifest.artifacts}) == len(bundle.manifest.artifacts)
+    assert len({a.graph_sha256 for a in bundle.manifest.artifacts}) == len(bundle.manifest.artifacts)
+    assert bundle.manifest.samples == "synthetic, seed 0"
+
+
+def test_the_same_supernet_gives_the_same_bytes(supernet_file, tmp_path):
+    export(supernet_file, tmp_path / "a", heads=(2, 5))
+    export(supernet_file, tmp_path / "b", heads=(2, 5))
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+def test_hashes_say_what_they_should(supernet_file, tmp_path):
+    def artifact(name: str, **options):
+        return export(tmp_path / name, tmp_path / f"{name}.{len(list(tmp_path.iterdir()))}", **options).artifact(
+            "h03-fp32"
+        )
+
+    shutil.copy(supernet_file, tmp_path / "one")
+    write_supernet(tmp_path / "retrained", seed=1)
+    one, retrained = artifact("one"), artifact("retrained")
+    small, batch = artifact("one", heads=(3,)), artifact("one", batch=2)
+    standalone = artifact("one", standalone=True)
+    assert one.sha256 == small.sha256 == standalone.sha256
+    assert one.graph_sha256 == small.graph_sha256 == standalone.graph_sha256 == retrained.graph_sha256
+    assert one.sha256 != retrained.sha256
+    assert one.graph_sha256 != batch.graph_sha256
+
+
+def test_content_changes_with_the_preprocessing(supernet_file, tmp_path):
+    from hydradeploy.supernet.store import save
+
+    weights = load(supernet_file)
+    other = msgspec.structs.replace(weights.spec.preprocessing, crop_pct=0.9)
+    save(tmp_path / "s", msgspec.structs.replace(weights.spec, preprocessing=other), weights.tensors)
+    before = export(supernet_file, tmp_path / "a", heads=(2,)).artifact("h02-fp32")
+    after = export(tmp_path / "s", tmp_path / "b", heads=(2,)).artifact("h02-fp32")
+    assert before.sha256 != after.sha256
+    assert before.graph_sha256 == after.graph_sha256
+
+
+def test_adding_heads_keeps_what_is_there_and_equals_exporting_all(supernet_file, tmp_path):
+    export(supernet_file, tmp_path / "grown", heads=(2, 4))
+    export(supernet_file, tmp_path / "grown", heads=(6,))
+    export(supernet_file, tmp_path / "grown", heads=(3,), precisions=("fp16",))
+    assert names(tmp_path / "grown") == ["h02-fp32", "h04-fp32", "h06-fp32", "h03-fp16"]
+    export(supernet_file, tmp_path / "once", heads=(2, 4, 6))
+    export(supernet_file, tmp_path / "once", heads=(3,), precisions=("fp16",))
+    assert snapshot(tmp_path / "grown") == snapshot(tmp_path / "once")
+
+
+def test_adding_heads_does_not_run_unchanged_artifacts_again(supernet_file, tmp_path, monkeypatch):
+    export(supernet_file, tmp_path / "bundle", heads=(3, 6))
+    from hydradeploy.exporter import parity
+
+    gated: list[int] = []
+    original = parity.gate
+    monkeypatch.setattr(
+        parity, "gate", lambda e, g, subnet, *a: gated.append(subnet.heads) or original(e, g, subnet, *a)
+    )
+    export(supernet_file, tmp_path / "bundle", heads=(2,))
+    assert gated == [2]
+    gated.clear()
+    export(supernet_file, tmp_path / "other", heads=(2,))
+    export(supernet_file, tmp_path / "other", heads=(3,))
+    assert gated == [2, 2, 3], "a larger weights file moves the tensors, so the graph is another file"
+
+
+def test_others_files_in_the_bundle_are_carried_over(supernet_file, tmp_path):
+    bundle = tmp_path / "bundle"
+    export(supernet_file, bundle, heads=(2,))
+    (bundle / "accuracy.json").write_text("{}")
+    (bundle / "engines" / "orin").mkdir(parents=True)
+    (bundle / "engines" / "orin" / "plan").write_text("compiled")
+    export(supernet_file, bundle, heads=(3,))
+    assert (bundle / "accuracy.json").read_text() == "{}"
+    assert (bundle / "engines" / "orin" / "plan").read_text() == "compiled"
+
+
+@pytest.mark.parametrize("batch", [1, 3, "dynamic"])
+@pytest.mark.parametrize("standalone", [False, True])
+def test_batches_and_standalone_graphs_pass_the_gate(supernet_file, tmp_path, batch, standalone):
+    bundle = export(supernet_file, tmp_path / "b", heads=(2, 6), batch=batch, standalone=standalone)
+    assert all(artifact.batch == batch for artifact in bundle.manifest.artifacts)
+    files = {path.name for path in (tmp_path / "b").iterdir()}
+    assert ("supernet-fp32.weights" in files) is not standalone
+    assert all((artifact.weights is None) is standalone for artifact in bundle.manifest.artifacts)
+
+
+def test_a_standalone_graph_works_alone(supernet_file, tmp_path):
+    import onnxruntime
+
+    bundle = export(supernet_file, tmp_path / "b", heads=(4,), standalone=True)
+    alone = shutil.copy(tmp_path / "b" / "h04-fp32.onnx", tmp_path / "alone.onnx")
+    golden = bundle.golden()
+    image = normalise(golden.images[:1], bundle.spec.preprocessing)
+    logits = onnxruntime.InferenceSession(alone).run(None, {"image": image})[0]
+    np.testing.assert_allclose(logits[0], golden.logits["h04-fp32"][0], rtol=1e-5, atol=1e-5)
+
+
+def test_parity_runs_on_images_from_a_folder_and_from_npz(supernet_file, tmp_path, cli: Cli):
+    folder = tmp_path / "photos"
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+        for i in range(3):
+            pixels = np.random.default_rng(i).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i}.jpg")
+    ran = cli("export", "--supernet", supernet_file, "--bundle", tmp_path / "a", "--data", folder, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["samples"] == "photos"
+    assert open_bundle(tmp_path / "a").golden().images.shape == (6, 32, 32, 3)
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "d.npz", images=images)
+    export(supernet_file, tmp_path / "b", data=tmp_path / "d.npz", heads=(2,))
+    assert np.array_equal(open_bundle(tmp_path / "b").golden().images[1], images[2])
+
+
+def test_samples_stay_those_of_the_bundle_until_others_are_given(supernet_file, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "d.npz", images=images)
+    export(supernet_file, tmp_path / "b", data=tmp_path / "d.npz", heads=(2,))
+    export(supernet_file, tmp_path / "b", heads=(3,))
+    bundle = open_bundle(tmp_path / "b")
+    assert bundle.manifest.samples == "d.npz"
+    assert np.array_equal(bundle.golden().images, images)
+
+
+def test_class_names_travel_into_the_bundle(tmp_path):
+    from hydradeploy.supernet.store import save
+
+    weights = load(write_supernet(tmp_path / "s"))
+    named = msgspec.structs.replace(weights.spec, class_names=tuple("abcdefghij"))
+    save(tmp_path / "t", named, weights.tensors)
+    assert export(tmp_path / "t", tmp_path / "b", heads=(2,)).spec.class_names == tuple("abcdefghij")
+
+
+@pytest.mark.parametrize(("heads", "named"), [("1", "1 heads"), ("7", "7 heads"), ("2-9", "7 heads")])
+def test_head_counts_that_were_not_trained_are_refused(supernet_file, tmp_path, cli: Cli, heads, named):
+    ran = cli("export", "--supernet", supernet_file, "--bundle", tmp_path / "b", "--heads", heads)
+    assert ran.code == 2
+    assert f"{named} were not trained" in ran.err
+    assert "hint: this supernet has 2-6" in ran.err
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("heads", ["x", "3-", "6-3", "0", "", "3,,4", "99999"])
+def test_head_counts_that_cannot_be_read_are_refused(supernet_file, tmp_path, cli: Cli, heads):
+    ran = cli("export", "--supernet", supernet_file, "--bundle", tmp_path / "b", "--heads", heads)
+    assert ran.code == 2
+    assert "hint: write for example" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code"),
+    [("--precision", "int7", 2), ("--batch", "0", 2), ("--batch", "many", 2), ("--data", "no-such-folder", 2)],
+)
+def test_other_wrong_options_are_refused(supernet_file, tmp_path, cli: Cli, option, value, code):
+    ran = cli("export", "--supernet", supernet_file, "--bundle", tmp_path / "b", option, value)
+    assert ran.code == code
+    assert "error:" in ran.err
+    assert "hint:" in ran.err
+    assert not (tmp_path / "b").exists()
+
+
+def test_another_supernet_is_refused_without_force(supernet_file, tmp_path, cli: Cli):
+    bundle = tmp_path / "b"
+    export(supernet_file, bundle, heads=(2, 3))
+    before = snapshot(bundle)
+    other = write_supernet(tmp_path / "other", seed=1)
+    ran = cli("export", "--supernet", other, "--bundle", bundle, "--heads", 4)
+    assert ran.code == 2
+    assert "another supernet" in ran.err
+    assert "--force" in ran.err
+    assert snapshot(bundle) == before
+    assert cli("export", "--supernet", other, "--bundle", bundle, "--heads", 4, "--force").code == 0
+    assert names(bundle) == ["h04-fp32"]
+    assert not (bundle / "h02-fp32.onnx").exists()
+
+
+def test_a_damaged_bundle_is_refused_without_force_and_replaced_with_it(supernet_file, tmp_path):
+    bundle = tmp_path / "b"
+    export(supernet_file, bundle, heads=(2,))
+    (bundle / "h02-fp32.onnx").write_bytes(b"x")
+    with pytest.raises(IntegrityError, match="h02-fp32") as refused:
+        export(supernet_file, bundle, heads=(3,))
+    assert "--force" in str(refused.value.hint)
+    export(supernet_file, bundle, heads=(3,), force=True)
+    assert names(bundle) == ["h03-fp32"]
+    assert not (bundle / "h02-fp32.onnx").exists()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_directory_that_is_no_bundle_is_never_touched(supernet_file, tmp_path, force):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("important")
+    with pytest.raises(UsageError, match="no bundle"):
+        export(supernet_file, tmp_path / "home", force=force)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "important"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="no bundle"):
+        export(supernet_file, tmp_path / "file", force=force)
+
+
+def test_a_bundle_behind_a_symbolic_link_is_replaced_where_it_is(supernet_file, tmp_path):
+    (tmp_path / "disk").mkdir()
+    export(supernet_file, tmp_path / "disk" / "bundle", heads=(2,))
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "bundle")
+    export(supernet_file, tmp_path / "link", heads=(3,))
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "disk" / "bundle") == ["h02-fp32", "h03-fp32"]
+    assert leftovers(tmp_path) == leftovers(tmp_path / "disk") == []
+
+
+def damaged_supernet(source: Path, out: Path, change) -> Path:
+    from safetensors import safe_open
+
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(source)
+    change(tensors)
+    save_file(tensors, out, metadata)
+    return out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(supernet_file, tmp_path, cli: Cli, value):
+    def poison(tensors):
+        tensors["blocks.1.mlp.fc2.weight"][3, 5] = value
+
+    file = damaged_supernet(supernet_file, tmp_path / "s", poison)
+    ran = cli("export", "--supernet", file, "--bundle", tmp_path / "b")
+    assert ran.code == 11
+    assert f"{file}: tensor blocks.1.mlp.fc2.weight holds NaN or infinite values" in ran.err
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_supernet_is_refused(supernet_file, tmp_path, cli: Cli, keep):
+    data = supernet_file.read_bytes()
+    (tmp_path / "s").write_bytes(data[: int(len(data) * keep)])
+    ran = cli("export", "--supernet", tmp_path / "s", "--bundle", tmp_path / "b")
+    assert ran.code == 10
+    assert str(tmp_path / "s") in ran.err
+
+
+def test_a_missing_supernet_is_refused_with_what_to_do(tmp_path, cli: Cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = cli("export")
+    assert ran.code == 2
+    assert "supernet.safetensors: no such file" in ran.err
+    assert "hydradeploy import" in ran.err
+
+
+def test_an_overflow_in_half_precision_fails_the_gate_and_leaves_no_bundle(supernet_file, tmp_path, cli: Cli):
+    def amplify(tensors):
+        tensors["blocks.0.mlp.fc1.weight"] *= 3e4
+
+    file = damaged_supernet(supernet_file, tmp_path / "s", amplify)
+    ran = cli("export", "--supernet", file, "--bundle", tmp_path / "b", "--precision", "fp16")
+    assert ran.code == 5, ran.err
+    assert "h02-fp16 (ort) does not compute what the supernet computes" in ran.err
+    assert "hint:" in ran.err
+    assert not (tmp_path / "b").exists()
+    assert leftovers(tmp_path) == []
+
+
+class _Off:
+    """A runtime that is wrong by a given amount, or prefers another class."""
+
+    name, dialect = "onnxruntime", "ort"
+
+    def __init__(self, shift: float, on: str) -> None:
+        self.shift, self.on = shift, on
+
+    def why_not(self):
+        return None
+
+    def open(self, model, options):
+        from hydradeploy.backends.onnxruntime import BACKEND
+
+        self.session = BACKEND.open(model, options)
+        self.model = model
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def run(self, images):
+        logits = self.session.run(images)
+        if self.on in self.model.graph.name:
+            logits[:, 0] += self.shift
+        return logits
+
+
+@pytest.mark.parametrize("graph", ["h04-fp32.onnx", "h04-fp32.trt.onnx"])
+@pytest.mark.parametrize("shift", [0.01, float("nan")])
+def test_a_graph_that_computes_something_else_leaves_the_old_bundle(supernet_file, tmp_path, monkeypatch, graph, shift):
+    bundle = tmp_path / "b"
+    export(supernet_file, bundle, heads=(2,))
+    before = snapshot(bundle)
+    module = type(sys)("off")
+    module.BACKEND = _Off(shift, graph)
+    monkeypatch.setitem(sys.modules, "off", module)
+    monkeypatch.setitem(BACKEND_MODULES, "onnxruntime", "off")
+    with pytest.raises(ParityError, match="h04-fp32"):
+        export(supernet_file, bundle, heads=(3, 4, 5))
+    assert snapshot(bundle) == before
+    assert leftovers(tmp_path) == []
+
+
+EXPORT = [sys.executable, "-m", "hydradeploy", "export"]
+
+
+def start(supernet_file: Path, bundle: Path, *options: str, **kwargs) -> subprocess.Popen[str]:
+    command = [*EXPORT, "--supernet", str(supernet_file), "--bundle", str(bundle), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def killed_exports(supernet_file: Path, tmp_path: Path, times: int, seed: int) -> None:
+    """Kill exports at random moments of their writing; the old bundle stays whole, and the next one succeeds."""
+    bundle = tmp_path / "bundle"
+    export(supernet_file, bundle, heads=(2,))
+    before = snapshot(bundle)
+    generator = np.random.default_rng(seed)
+    code = (
+        "import sys, pathlib; from hydradeploy import export; print('ready', flush=True); "
+        "supernet, bundle = map(pathlib.Path, sys.argv[1:]); "
+        "export(supernet, bundle, heads=(2, 3, 4, 5, 6), precisions=('fp32', 'fp16'))"
+    )
+    killed = 0
+    for _ in range(times):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, str(supernet_file), str(bundle)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(generator.uniform(0, 1.2))
+        child.kill()
+        child.communicate()
+        killed += child.returncode == -signal.SIGKILL
+        found = open_bundle(bundle, "always").manifest
+        if len(found.artifacts) == 1:
+            assert snapshot(bundle) == before
+        else:
+            assert len(found.artifacts) == 10
+            shutil.rmtree(bundle)
+            export(supernet_file, bundle, heads=(2,))
+    assert killed
+    export(supernet_file, bundle, heads=(2, 3))
+    assert names(bundle) == ["h02-fp32", "h03-fp32"]
+    assert leftovers(tmp_path) == []
+
+
+def test_a_kill_at_any_moment_leaves_the_old_bundle_or_the_new(supernet_file, tmp_path):
+    killed_exports(supernet_file, tmp_path, times=4, seed=0)
+
+
+@pytest.mark.slow
+def test_a_storm_of_kills_leaves_the_old_bundle_or_the_new(supernet_file, tmp_path):
+    killed_exports(supernet_file, tmp_path, times=100, seed=1)
+
+
+def test_ctrl_c_is_exit_130_and_leaves_nothing(supernet_file, tmp_path):
+    child = start(supernet_file, tmp_path / "bundle", "--precision", "fp32,fp16")
+    assert child.stderr is not None
+    assert "reading" in child.stderr.readline()
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate()
+    if child.returncode == 0:
+        pytest.fail("the export ended before the signal came; make it longer")
+    assert child.returncode == 130
+    assert err.rstrip().endswith("interrupted")
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_exports_at_once_both_end_up_in_the_bundle(supernet_file, tmp_path):
+    children = [start(supernet_file, tmp_path / "b", "--heads", str(k)) for k in (2, 5)]
+    for child in children:
+        _, err = child.communicate()
+        assert child.returncode == 0, err
+    assert names(tmp_path / "b") == ["h02-fp32", "h05-fp32"]
+    assert leftovers(tmp_path) == []
+
+
+def test_an_export_waits_for_the_one_before_it_and_says_so(supernet_file, tmp_path):
+    with (tmp_path / ".b.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        child = start(supernet_file, tmp_path / "b", "--heads", "2")
+        assert child.stderr is not None
+        lines = [child.stderr.readline(), child.stderr.readline()]
+        assert any("another process is writing" in line for line in lines), lines
+        assert not (tmp_path / "b").exists()
+    assert child.communicate()[1] is not None
+    assert child.returncode == 0
+    assert names(tmp_path / "b") == ["h02-fp32"]
+
+
+def test_a_file_size_limit_is_an_environment_failure_and_keeps_the_old_bundle(supernet_file, tmp_path):
+    bundle = tmp_path / "bundle"
+    export(supernet_file, bundle, heads=(2,))
+    before = snapshot(bundle)
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    child = start(supernet_file, bundle, "--heads", "6", preexec_fn=limit)
+    _, err = child.communicate()
+    assert child.returncode == 12, err
+    assert "error: file too large while writing" in err
+    assert "hint:" in err
+    assert snapshot(bundle) == before
+    assert leftovers(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_is_an_environment_failure_and_keeps_the_old_bundle(supernet_file, tmp_path):
+    export(supernet_file, tmp_path / "bundle", heads=(2,))
+    script = f"""
+        mount -t tmpfs -o size=1200k tmpfs {tmp_path}/mnt || exit 77
+        cp -r {tmp_path}/bundle {tmp_path}/mnt/bundle
+        {" ".join(EXPORT)} --supernet {supernet_file} --bundle {tmp_path}/mnt/bundle --precision fp32,fp16
+        echo code $?
+        {sys.executable} -m hydradeploy verify --bundle {tmp_path}/mnt/bundle
+        echo verified $?
+        ls -A {tmp_path}/mnt
+    """
+    (tmp_path / "mnt").mkdir()
+    # A private mount namespace: as root directly, else through a user namespace where the kernel allows one.
+    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+    ran = subprocess.run([*unshare, "sh", "-c", script], capture_output=True, text=True)
+    if ran.returncode == 77 or "unshare failed" in ran.stderr or "Operation not permitted" in ran.stderr:
+        missing("mount", f"this kernel lets us mount no small disk ({ran.stderr.strip()})")
+    assert "code 12" in ran.stdout, ran.stdout + ran.stderr
+    assert "error: no space left on device while writing" in ran.stderr
+    assert "hint: free some space" in ran.stderr
+    assert "verified 0" in ran.stdout
+    assert ran.stdout.split()[-1] == "bundle"
+
+
+def test_a_directory_without_permission_is_an_environment_failure(supernet_file, tmp_path, monkeypatch):
+    import hydradeploy.files as files
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)
+    with pytest.raises(EnvironmentFailed, match="permission denied while writing") as failed:
+        export(supernet_file, tmp_path / "b")
+    assert failed.value.hint
+
+
+def test_progress_is_reported_and_json_is_all_there_is_on_stdout(supernet_file, tmp_path, cli: Cli):
+    ran = cli("export", "--supernet", supernet_file, "--bundle", tmp_path / "b", "--heads", "2,3", "--json")
+    assert ran.code == 0
+    document = json.loads(ran.out)
+    assert [artifact["name"] for artifact in document["artifacts"]] == ["h02-fp32", "h03-fp32"]
+    assert "checking parity" in ran.err
+    human = cli("export", "--supernet", supernet_file, "--bundle", tmp_path / "b", "--heads", "2,3")
+    assert "h03-fp32" in human.out
+    assert "synthetic, seed 0" in human.out
+    assert (tmp_path / "b" / MANIFEST).exists()

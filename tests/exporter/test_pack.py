@@ -1,0 +1,107 @@
+"""Pack: one artifact for one device, of exactly the size that was announced, and the same artifact still."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hydradeploy import export, open_bundle, pack, run, verify
+from hydradeploy.bundle import MANIFEST
+from hydradeploy.errors import IntegrityError
+from tests.conftest import Cli
+
+
+def size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("heads", range(2, 7))
+def test_a_pack_has_the_announced_size_and_is_the_same_artifact(shared_bundle, tmp_path, heads, precision):
+    name = f"h{heads:02d}-{precision}"
+    source = open_bundle(shared_bundle).artifact(name)
+    packed = pack(shared_bundle, name, tmp_path / "device")
+    assert size(tmp_path / "device") == source.size_bytes == packed.artifact.size_bytes
+    opened = open_bundle(tmp_path / "device").manifest
+    (artifact,) = opened.artifacts
+    assert (artifact.sha256, artifact.graph_sha256) == (source.sha256, source.graph_sha256)
+    assert artifact.parity == source.parity
+
+
+def test_sizes_grow_with_heads_and_halve_with_half_precision(shared_bundle):
+    sizes = {a.name: a.size_bytes for a in open_bundle(shared_bundle).manifest.artifacts}
+    in_order = [sizes[f"h{k:02d}-fp32"] for k in range(2, 7)]
+    assert in_order == sorted(set(in_order))
+    assert all(sizes[f"h{k:02d}-fp16"] < sizes[f"h{k:02d}-fp32"] for k in range(2, 7))
+
+
+@pytest.mark.parametrize("options", [{}, {"standalone": True}, {"batch": 3}, {"batch": "dynamic"}])
+def test_a_pack_verifies_and_answers_as_the_bundle_does(supernet_file, tmp_path, image, options):
+    export(supernet_file, tmp_path / "b", heads=(3, 6), **options)
+    pack(tmp_path / "b", "h03-fp32", tmp_path / "device")
+    announced = open_bundle(tmp_path / "b").artifact("h03-fp32").size_bytes
+    assert size(tmp_path / "device") == announced
+    (reproduced,) = verify(tmp_path / "device").outputs
+    assert reproduced.max_difference <= 1e-6
+    answers = [
+        next(run(path, [image], artifact="h03-fp32").predictions) for path in (tmp_path / "b", tmp_path / "device")
+    ]
+    assert [g.index for g in answers[0].top] == [g.index for g in answers[1].top]
+    np.testing.assert_allclose(*[[g.probability for g in a.top] for a in answers], rtol=1e-5)
+
+
+def test_the_command_packs_and_says_how_large(bundle, tmp_path, cli: Cli):
+    ran = cli("pack", "h03-fp32", "--out", tmp_path / "device", "--bundle", bundle)
+    assert ran.code == 0
+    assert "h03-fp32" in ran.out
+    ran = cli("pack", "h04-fp32", "--out", tmp_path / "other", "--bundle", bundle, "--json")
+    assert json.loads(ran.out)["artifact"]["size_bytes"] == size(tmp_path / "other")
+
+
+def test_an_unknown_artifact_is_refused(bundle, tmp_path, cli: Cli):
+    ran = cli("pack", "h09-fp32", "--out", tmp_path / "device", "--bundle", bundle)
+    assert ran.code == 2
+    assert "hint: it has h02-fp32" in ran.err
+    assert not (tmp_path / "device").exists()
+
+
+def test_what_is_at_the_target_is_only_replaced_when_asked(bundle, tmp_path, cli: Cli):
+    out = tmp_path / "device"
+    command = ("--out", out, "--bundle", bundle)
+    assert cli("pack", "h03-fp32", *command).code == 0
+    refused = cli("pack", "h04-fp32", *command)
+    assert refused.code == 2
+    assert "--force" in refused.err
+    assert (out / "h03-fp32.onnx").exists()
+    assert cli("pack", "h04-fp32", *command, "--force").code == 0
+    assert [a.name for a in open_bundle(out).manifest.artifacts] == ["h04-fp32"]
+    assert not (out / "h03-fp32.onnx").exists()
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_the_bundle_itself_and_foreign_directories_are_never_replaced(bundle, tmp_path, cli: Cli, force):
+    assert cli("pack", "h03-fp32", "--out", bundle, "--bundle", bundle, *force).code == 2
+    assert len(open_bundle(bundle).manifest.artifacts) == 10
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("important")
+    assert cli("pack", "h03-fp32", "--out", tmp_path / "home", "--bundle", bundle, *force).code == 2
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "important"
+
+
+def test_a_damaged_bundle_is_not_packed(bundle, tmp_path):
+    with (bundle / "supernet-fp32.weights").open("r+b") as file:
+        file.write(b"tampered")
+    with pytest.raises(IntegrityError, match="supernet-fp32"):
+        pack(bundle, "h03-fp32", tmp_path / "device")
+    assert not (tmp_path / "device").exists()
+
+
+def test_a_pack_can_be_packed_again(bundle, tmp_path):
+    pack(bundle, "h03-fp16", tmp_path / "one")
+    pack(tmp_path / "one", "h03-fp16", tmp_path / "two")
+    files = [{p.name: p.read_bytes() for p in (tmp_path / d).iterdir() if p.name[0] != "."} for d in ("one", "two")]
+    assert files[0] == files[1]
+    assert MANIFEST in files[0]

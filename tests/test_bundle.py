@@ -1,0 +1,239 @@
+"""Opening and verifying a bundle: what is whole is accepted, what is not is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hydradeploy.bundle import MANIFEST, STAMP, Manifest, open_bundle, read_manifest
+from hydradeploy.errors import IntegrityError, UsageError
+from hydradeploy.files import sha256_bytes
+from tests.conftest import Cli
+
+FILES = ("supernet-fp32.weights", "h03-fp32.onnx", "h03-fp32.trt.onnx", "golden.npz", MANIFEST)
+
+
+def edit(bundle: Path, change: Any) -> None:
+    """Change the manifest's JSON and seal it again, as somebody who knows the format would."""
+    document = json.loads((bundle / MANIFEST).read_text())
+    change(document)
+    document["sha256"] = ""
+    with_hash = document | {"sha256": "0" * 64}
+    try:
+        manifest = msgspec.convert(with_hash, Manifest)
+        with_hash["sha256"] = manifest.digest()
+    except (msgspec.ValidationError, UsageError):
+        pass
+    (bundle / MANIFEST).write_text(json.dumps(with_hash))
+
+
+def same_size_flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+def test_a_whole_bundle_opens_and_lists_what_export_wrote(shared_bundle):
+    bundle = open_bundle(shared_bundle)
+    assert [a.name for a in bundle.manifest.artifacts] == [
+        *(f"h{k:02d}-fp32" for k in range(2, 7)),
+        *(f"h{k:02d}-fp16" for k in range(2, 7)),
+    ]
+    assert set(bundle.manifest.files) | {MANIFEST, STAMP} == {p.name for p in shared_bundle.iterdir()}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(bundle, cli: Cli, name):
+    (bundle / name).unlink()
+    ran = cli("verify", "--bundle", bundle)
+    assert ran.code == 10
+    assert f"error: {bundle / name}: missing" in ran.err
+    assert "hint:" in ran.err
+    assert ran.out == ""
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+def test_a_truncated_file_is_named(bundle, cli: Cli, name, keep):
+    path = bundle / name
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    ran = cli("verify", "--bundle", bundle)
+    assert ran.code == 10
+    assert str(path) in ran.err
+    assert "Traceback" not in ran.err
+
+
+@settings(max_examples=60)
+@given(name=st.sampled_from(FILES), at=st.integers(0, 10**6))
+def test_any_flipped_bit_in_any_file_is_found(shared_bundle, tmp_path_factory, name, at):
+    copy = Path(shutil.copytree(shared_bundle, tmp_path_factory.mktemp("flip") / "bundle"))
+    try:
+        same_size_flip(copy / name, at)
+        with pytest.raises(IntegrityError, match=name.replace(".", r"\.")):
+            open_bundle(copy, "always")
+    finally:
+        shutil.rmtree(copy)
+
+
+def test_first_open_finds_tampered_weights_and_a_stamp_spares_the_next_ones(bundle, monkeypatch):
+    open_bundle(bundle)
+    hashed: list[str] = []
+    import hydradeploy.bundle as module
+
+    original = module.sha256_file
+    monkeypatch.setattr(module, "sha256_file", lambda path: hashed.append(path.name) or original(path))
+    open_bundle(bundle)
+    assert not [name for name in hashed if not name.endswith(".onnx")]
+    hashed.clear()
+    open_bundle(bundle, "always")
+    assert "supernet-fp32.weights" in hashed
+    same_size_flip(bundle / "supernet-fp32.weights", 5000)
+    with pytest.raises(IntegrityError, match="supernet-fp32"):
+        open_bundle(bundle)
+
+
+def test_only_always_finds_a_change_that_hides_behind_size_time_and_inode(bundle):
+    open_bundle(bundle)
+    path = bundle / "supernet-fp32.weights"
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"\xff")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    open_bundle(bundle)
+    with pytest.raises(IntegrityError, match="supernet-fp32"):
+        open_bundle(bundle, "always")
+
+
+def test_a_graph_is_hashed_at_every_open(bundle):
+    open_bundle(bundle)
+    path = bundle / "h03-fp32.onnx"
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"\xff")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(IntegrityError, match="h03-fp32"):
+        open_bundle(bundle)
+
+
+def test_a_damaged_stamp_is_ignored(bundle):
+    open_bundle(bundle)
+    (bundle / STAMP).write_bytes(b"{")
+    same_size_flip(bundle / "golden.npz", 700)
+    with pytest.raises(IntegrityError, match="golden"):
+        open_bundle(bundle)
+
+
+def test_a_bundle_that_cannot_be_written_to_keeps_its_stamp_in_the_cache(bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    import hydradeploy.bundle as module
+
+    original = module.write_atomically
+
+    def refusing(path: Path, data: bytes) -> None:
+        if path.parent == bundle:
+            raise PermissionError(13, "Permission denied", str(path))
+        original(path, data)
+
+    monkeypatch.setattr(module, "write_atomically", refusing)
+    (bundle / STAMP).unlink(missing_ok=True)
+    open_bundle(bundle)
+    assert not (bundle / STAMP).exists()
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
+    hashed: list[str] = []
+    original_hash = module.sha256_file
+    monkeypatch.setattr(module, "sha256_file", lambda path: hashed.append(path.name) or original_hash(path))
+    open_bundle(bundle)
+    assert "supernet-fp32.weights" not in hashed
+
+
+def test_opening_for_the_manifest_alone_reads_nothing_else(bundle):
+    for path in bundle.iterdir():
+        if path.name != MANIFEST:
+            path.unlink()
+    assert open_bundle(bundle, "manifest").manifest.artifacts
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda m: m.update(colour=1), "colour"),
+        (lambda m: m["spec"]["geometry"].update(colour=1), r"\$.spec.geometry"),
+        (lambda m: m["artifacts"][1].update(heads="3"), r"\$.artifacts\[1\].heads"),
+        (lambda m: m["artifacts"][0]["parity"].update(samples=1.5), r"\$.artifacts\[0\].parity.samples"),
+        (lambda m: m["artifacts"][0].pop("macs"), "macs"),
+        (lambda m: m["files"]["golden.npz"].update(size_bytes=True), r"\$.files\[...\].size_bytes"),
+        (lambda m: m["spec"]["geometry"].update(image_size=33), "image_size 33"),
+        (lambda m: m["spec"]["preprocessing"].update(interpolation="area"), "interpolation"),
+        (lambda m: m["artifacts"][0].update(heads=7), "7 heads"),
+        (lambda m: m["artifacts"][0].update(name="h03-fp32"), "named twice"),
+        (lambda m: m["files"].pop("h02-fp32.onnx"), r"h02-fp32\.onnx"),
+        (lambda m: m.update(weights={}), "table"),
+        (lambda m: m.update(schema=2), "schema 2"),
+    ],
+)
+def test_a_manifest_with_wrong_fields_is_refused_with_the_path_inside_it(bundle, change, where):
+    edit(bundle, change)
+    with pytest.raises(IntegrityError, match=where) as refused:
+        open_bundle(bundle)
+    assert str(bundle / MANIFEST) in refused.value.message
+
+
+def test_an_edited_manifest_is_noticed_even_where_every_field_is_possible(bundle, cli: Cli):
+    text = (bundle / MANIFEST).read_text()
+    assert '"crop_pct": 0.875' in text
+    (bundle / MANIFEST).write_text(text.replace('"crop_pct": 0.875', '"crop_pct": 0.9'))
+    ran = cli("verify", "--bundle", bundle)
+    assert ran.code == 10
+    assert f"{bundle / MANIFEST}: changed" in ran.err
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/../../outside"])
+def test_a_path_that_leaves_the_bundle_is_refused(bundle, name):
+    (bundle.parent / "outside").write_bytes(b"x")
+    record = {"sha256": sha256_bytes(b"x"), "size_bytes": 1}
+    edit(bundle, lambda m: m["files"].update({name: record}))
+    with pytest.raises(IntegrityError, match="leaves the directory"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["supernet-fp32.weights", "h03-fp32.onnx", MANIFEST])
+def test_a_symbolic_link_out_of_the_bundle_is_refused(bundle, cli: Cli, name):
+    outside = bundle.parent / "outside"
+    shutil.move(bundle / name, outside)
+    (bundle / name).symlink_to(outside)
+    ran = cli("verify", "--bundle", bundle)
+    assert ran.code == 10
+    assert f"{bundle / name}: a symbolic link leads out" in ran.err
+
+
+def test_a_bundle_behind_a_symbolic_link_opens(bundle, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(bundle)
+    assert open_bundle(link).manifest == read_manifest(bundle)
+
+
+def test_an_exchange_cut_in_half_is_finished_at_open(bundle):
+    bundle.rename(bundle.parent / ".bundle.old")
+    assert open_bundle(bundle).manifest.artifacts
+    assert [p.name for p in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_no_bundle_is_a_usage_error_with_a_hint(tmp_path, cli: Cli):
+    ran = cli("verify", "--bundle", tmp_path / "none")
+    assert ran.code == 2
+    assert "no bundle here" in ran.err
+    assert "hydradeploy export" in ran.err
+
+
+def test_an_unknown_artifact_names_those_there_are(shared_bundle):
+    with pytest.raises(UsageError) as refused:
+        open_bundle(shared_bundle).artifact("h99-fp32")
+    assert "h02-fp32" in str(refused.value.hint)

@@ -1,0 +1,200 @@
+"""The command line as a whole: help, errors, exit codes, start-up, streams."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hydradeploy import errors
+from hydradeploy.errors import EXIT_CODES, ExitCode
+from tests.conftest import Cli
+
+COMMANDS = ("import", "export", "verify", "pack", "run")
+ROOT = Path(__file__).parents[1]
+
+
+def spawn(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "hydradeploy", *arguments], capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_every_option_explained(cli: Cli, command):
+    ran = cli(command, "--help")
+    assert ran.code == 0
+    assert f"hydradeploy {command}" in ran.out
+    options = [line.split() for line in ran.out.splitlines() if line.strip().startswith("--")]
+    assert all(len(words) > 2 for words in options if words[0] != "--force")
+    assert "--json" in ran.out
+
+
+def test_help_lists_every_command_and_the_exit_codes(cli: Cli):
+    ran = cli("--help")
+    for command in COMMANDS:
+        assert f"  {command} " in ran.out
+    for code, text in EXIT_CODES.items():
+        assert f"{code.value:>4}  {text}" in ran.out
+    assert set(EXIT_CODES) == set(ExitCode)
+
+
+def test_no_arguments_is_help(cli: Cli):
+    ran = cli()
+    assert "Commands:" in ran.out + ran.err
+    assert ran.code in (0, 2)
+
+
+def test_version(cli: Cli):
+    from importlib.metadata import version
+
+    assert cli("--version").out == f"hydradeploy {version('hydradeploy')}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("exprot",), ("export", "--hats", "3"), ("import",), ("pack",), ("run",), ("export", "--heads"), ("--colour",)],
+)
+def test_a_wrong_command_line_is_one_error_and_one_hint(cli: Cli, arguments):
+    ran = cli(*arguments)
+    assert ran.code == 2
+    lines = ran.err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("hint: hydradeploy ")
+    assert lines[1].endswith("--help")
+    assert ran.out == ""
+
+
+@pytest.mark.parametrize("start", [["-m", "hydradeploy"], [str(ROOT / "cli.py")]])
+def test_module_and_checkout_launcher_start_the_same_command_line(start):
+    ran = subprocess.run([sys.executable, *start, "--version"], capture_output=True, text=True)
+    assert ran.returncode == 0
+    assert ran.stdout.startswith("hydradeploy ")
+
+
+def test_the_console_script_is_installed():
+    script = Path(sys.executable).with_name("hydradeploy")
+    ran = subprocess.run([script, "--version"], capture_output=True, text=True)
+    assert ran.stdout.startswith("hydradeploy ")
+
+
+def test_a_bug_shows_its_traceback_and_exits_1(cli: Cli, monkeypatch, shared_bundle):
+    import hydradeploy.runtime.verify as module
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("for the test")
+
+    monkeypatch.setattr(module, "verify", broken)
+    ran = cli("verify", "--bundle", shared_bundle)
+    assert ran.code == 1
+    assert "Traceback" in ran.err
+    assert "ZeroDivisionError: for the test" in ran.err
+    assert "bug in hydradeploy" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 12, "out of memory"),
+        (PermissionError(13, "Permission denied", "/x"), 12, "permission denied: /x"),
+        (errors.MissingError("no such sensor", hint="buy one"), 8, "error: no such sensor\nhint: buy one"),
+    ],
+)
+def test_every_way_out_has_its_code_and_no_traceback(cli: Cli, monkeypatch, shared_bundle, error, code, text):
+    import hydradeploy.runtime.verify as module
+
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "verify", failing)
+    ran = cli("verify", "--bundle", shared_bundle)
+    assert ran.code == code
+    assert text in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_a_reader_that_leaves_early_is_no_error(shared_bundle):
+    command = f"{sys.executable} -m hydradeploy verify --bundle {shared_bundle} | true; echo ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert ran.stdout == "0\n"
+    assert ran.stderr == ""
+
+
+def test_output_that_cannot_be_written_is_an_environment_failure(shared_bundle):
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "hydradeploy", "verify", "--bundle", str(shared_bundle)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ran.returncode == 12
+    assert "error: no space left on device" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_no_colour_and_no_bar_where_there_is_no_terminal(supernet_file, tmp_path):
+    ran = spawn("export", "--supernet", str(supernet_file), "--bundle", str(tmp_path / "b"), "--heads", "2")
+    assert ran.returncode == 0
+    assert "\x1b" not in ran.stdout + ran.stderr
+    assert "checking parity 0/1" in ran.stderr
+
+
+def test_a_terminal_gets_a_bar_with_time_left(supernet_file, tmp_path):
+    import pty
+
+    leader, follower = pty.openpty()
+    command = ["export", "--supernet", str(supernet_file), "--bundle", str(tmp_path / "b"), "--heads", "2"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "hydradeploy", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=follower,
+        env=os.environ | {"TERM": "xterm-256color"},
+    )
+    os.close(follower)
+    shown = b""
+    try:
+        while chunk := os.read(leader, 4096):
+            shown += chunk
+    except OSError:
+        pass
+    assert child.wait() == 0
+    assert b"checking parity" in shown
+    assert b"\x1b[" in shown
+    assert b":" in shown
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["export", "--help"], ["run", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys; sys.argv = ['hydradeploy', *sys.argv[1:]]\n"
+        "from hydradeploy.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'openvino', 'pydantic', 'matplotlib', 'PIL', 'rich'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_importing_the_package_imports_nothing_heavy_and_public_names_work():
+    code = (
+        "import sys, hydradeploy\n"
+        "assert not {'numpy', 'torch', 'msgspec'} & set(sys.modules), 'heavy'\n"
+        "for name in hydradeploy.__all__: getattr(hydradeploy, name)\n"
+        "print('fine')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout == "fine\n", ran.stderr
+
+
+def test_there_is_no_other_public_name():
+    import hydradeploy
+
+    assert dir(hydradeploy) == hydradeploy.__all__
+    with pytest.raises(AttributeError, match="no attribute 'exprot'"):
+        hydradeploy.exprot  # noqa: B018
