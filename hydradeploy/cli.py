@@ -29,7 +29,6 @@ app = typer.Typer(
     epilog=_CODES,
     rich_markup_mode=None,
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
@@ -74,7 +73,10 @@ def import_(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Turn a checkpoint into supernet.safetensors. No pickled code is run."""
+    """Turn a checkpoint into supernet.safetensors.
+
+    Reads official HydraViT checkpoints, ViTs in timm's and DeiT's naming, and safetensors. No pickled code is run.
+    """
     if interpolation not in ("nearest", "bilinear", "bicubic", "lanczos"):
         raise UsageError(f"no interpolation {interpolation!r}", hint="one of nearest, bilinear, bicubic, lanczos")
     heads = None if trained_heads is None else parse_heads(trained_heads)
@@ -115,7 +117,11 @@ def export(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write a supernet's subnets as ONNX graphs over one weights file, gated by parity with torch."""
+    """Write subnets as ONNX graphs over one weights file.
+
+    Every graph is run and compared with the torch subnet first; where one differs, nothing is written. Artifacts that
+    are in the bundle already stay.
+    """
     wanted = None if heads is None else parse_heads(heads)
     with _extra("export"):
         from hydradeploy.exporter.export import export as call
@@ -161,7 +167,10 @@ def verify(
     backend: Annotated[str | None, typer.Option(help="Run the golden samples on this backend.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Hash every file of a bundle and reproduce its golden outputs here."""
+    """Check a bundle's files and what it computes here.
+
+    Hashes every file, then runs the golden samples and compares the logits with those of the export.
+    """
     from hydradeploy.runtime.verify import verify as call
 
     verified = call(bundle, backend_name=backend)
@@ -187,7 +196,10 @@ def pack(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write just what one device needs: a bundle of one artifact with its weights alone."""
+    """Write a bundle of one artifact, for one device.
+
+    It holds the graphs, the weights this subnet reads and no others, preprocessing, class names and golden samples.
+    """
     with _extra("export"):
         from hydradeploy.exporter.pack import pack as call
     packed = call(bundle, artifact, out, force=force)
@@ -246,7 +258,7 @@ def run(
 def _guarded(arguments: Sequence[str]) -> int:
     """Run a command; every way out is an exit code, and only a bug shows a traceback."""
     try:
-        code = app(args=list(arguments), standalone_mode=False, prog_name="hydradeploy")
+        code = app(args=list(arguments) or ["--help"], standalone_mode=False, prog_name="hydradeploy")
         sys.stdout.flush()
         if code == ExitCode.INTERRUPTED:  # typer's answer to KeyboardInterrupt
             _say("interrupted")

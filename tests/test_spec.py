@@ -272,26 +272,9 @@ def test_heads_are_shown_as_the_shortest_text(heads, text):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        " ",
-        ",",
-        "3,",
-        ",3",
-        "3,,4",
-        "a",
-        "3-",
-        "-3",
-        "3--4",
-        "3-4-5",
-        "4-3",
-        "0",
-        "0-3",
-        "1.5",
-        "+3",
-        "3 4",
-        "1-4097",
-    ]
-    + ["1-99999999999", "9" * 5000],
+        *("", " ", ",", "3,", ",3", "3,,4", "a", "3-", "-3", "3--4", "3-4-5", "4-3", "0", "0-3", "1.5", "+3", "3 4"),
+        *("1-4097", "1-99999999999", "9" * 5000),
+    ],
 )
 def test_what_is_no_list_of_heads_is_refused_with_an_example(text):
     with pytest.raises(UsageError) as refused:

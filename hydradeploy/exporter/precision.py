@@ -26,8 +26,9 @@ PRECISIONS = {
     precision.name: precision
     for precision in (
         Precision("fp32", "float32", tolerance=1e-4, exact_top1=True),
-        # Half precision keeps 11 bits; rounding every weight and activation of 12 blocks adds up to a few of the last.
-        Precision("fp16", "float16", tolerance=2e-2, exact_top1=False),
+        # Half precision keeps 11 bits. A DeiT-B-sized supernet with random weights differs by 5e-4 at every head count;
+        # ten times that leaves room for trained weights, whose activations are larger.
+        Precision("fp16", "float16", tolerance=5e-3, exact_top1=False),
     )
 }
 
