@@ -58,9 +58,11 @@ def save(path: Path, spec: Spec, tensors: Mapping[str, Tensor]) -> None:
     """
     check(tensors, spec.geometry, str(path))
     header = msgspec.json.encode(Header(schema=1, spec=spec)).decode()
+    # One metadata entry, not the customary "format" too: safetensors writes several in random order, and the same
+    # supernet is to give the same bytes.
     data = to_safetensors(
         {name: tensors[name].detach().to("cpu", torch.float32).contiguous() for name in spec.geometry.shapes()},
-        metadata={"format": "pt", HEADER: header},
+        metadata={HEADER: header},
     )
     with environment(f"writing {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -536,3 +536,12 @@ def test_progress_is_reported_and_json_is_all_there_is_on_stdout(supernet_file, 
     assert "h03-fp32" in human.out
     assert "synthetic, seed 0" in human.out
     assert (tmp_path / "b" / MANIFEST).exists()
+
+
+def test_a_supernet_written_again_is_the_same_supernet(supernet_file, tmp_path):
+    from hydradeploy.supernet.store import save
+
+    weights = load(supernet_file)
+    for i in range(5):
+        save(tmp_path / str(i), weights.spec, weights.tensors)
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(5)}) == 1

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 from collections import OrderedDict, defaultdict
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hydradeploy import import_checkpoint
-from hydradeploy.errors import HydraError, InputError, IntegrityError, UsageError
+from hydradeploy.errors import HydraError, InputError, IntegrityError
 from hydradeploy.spec import IMAGENET_MEAN, IMAGENET_STD
 from hydradeploy.supernet.store import load
 from tests.conftest import geometry, supernet
@@ -178,8 +179,10 @@ def test_parameters_and_shared_tensors_are_taken(tmp_path):
 
 @pytest.mark.parametrize(
     "extra",
-    [np.float64(78.4), np.arange(3), Path("/a"), PurePosixPath("a"), Colour.RED, Settings(), slice(1, 2), {1, 2}, print]
-    + [defaultdict(list, {1: [2]}), torch.optim.SGD, torch.device("cpu"), complex(1, 2), range(3)],
+    [
+        *(np.float64(78.4), np.arange(3), Path("/a"), PurePosixPath("a"), Colour.RED, Settings(), slice(1, 2), {1, 2}),
+        *(defaultdict(list, {1: [2]}), torch.optim.SGD, print, torch.device("cpu"), complex(1, 2), range(3)),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_else_a_training_script_keeps_does_not_matter(tmp_path, extra):
@@ -282,9 +285,8 @@ def calls(marker):
         "eval": Call(eval, code),
         "open": Call(open, str(marker), "w"),
         "path": Call(Path.touch, marker),
-        "import": Call(__import__, "os"),
-        "getattr": Call(Call(getattr, os, "mkdir"), str(marker)),
-        "numpy": Call(np.save, str(marker), 1),
+        "mkdir": Call(os.mkdir, str(marker)),
+        "numpy": Call(np.savetxt, str(marker), [1]),
         "torch": Call(torch.save, 1, str(marker)),
         "pickle": Call(pickle.loads, pickle.dumps(Call(os.system, f"touch {marker}"))),
     }
@@ -302,17 +304,24 @@ def with_call(call, where):
 
 
 @FORMATS
+@pytest.mark.parametrize("name", list(calls("")))
+def test_the_calls_below_do_run_where_pickled_code_may(tmp_path, name, zipped):
+    marker = tmp_path / "marker"
+    checkpoint = write(tmp_path / "c.pth", calls(marker)[name], zipped)
+    assert not marker.exists()
+    with suppress(Exception):
+        torch.load(checkpoint, weights_only=False)
+    assert marker.exists()
+
+
+@FORMATS
 @pytest.mark.parametrize("where", ["args", "state", "key", "top"])
 @pytest.mark.parametrize("name", list(calls("")))
 def test_code_in_a_checkpoint_never_runs(cli, tmp_path, name, where, zipped):
     marker = tmp_path / "marker"
-    call = calls(marker)[name]
-    if name == "getattr":
-        call = Call(os.mkdir, str(marker))
-    checkpoint = write(tmp_path / "c.pth", with_call(call, where), zipped)
+    checkpoint = write(tmp_path / "c.pth", with_call(calls(marker)[name], where), zipped)
     ran = cli("import", checkpoint, "--out", tmp_path / "out", "--head-dim", 8)
     assert not marker.exists()
-    assert not Path(f"{marker}.npy").exists()
     assert ran.code in (0, 10, 11), ran.err
     if ran.code == 0:
         assert where in ("args", "key")
@@ -456,7 +465,7 @@ def refused_cleanly(path, data):
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors", "pickle"])
 def test_a_truncated_checkpoint_is_refused_wherever_it_ends(tmp_path, checkpoints, kind):
     data = checkpoints[kind]
-    cuts = {*range(0, 64), *range(0, len(data), max(1, len(data) // 120)), len(data) - 1}
+    cuts = {*range(64), *range(0, len(data), max(1, len(data) // 120)), len(data) - 1}
     for cut in sorted(cuts):
         refused_cleanly(tmp_path / "c.pth", data[:cut])
 
@@ -583,9 +592,3 @@ def test_a_refused_import_prints_nothing_on_stdout_with_json(cli, tmp_path, cont
     ran = cli("import", write(tmp_path / "c.pth", content), "--out", tmp_path / "out", "--json")
     assert ran.code == 11
     assert ran.out == ""
-
-
-def test_importing_and_exporting_need_no_options_in_between(tmp_path):
-    with pytest.raises(UsageError, match="no such file"):
-        import_checkpoint(tmp_path / "absent", tmp_path / "out")
-    assert os.listdir(tmp_path) == []
