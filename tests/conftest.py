@@ -108,6 +108,25 @@ def shared_bundle(tmp_path_factory: pytest.TempPathFactory, supernet_file: Path)
     return path
 
 
+@pytest.fixture(scope="session")
+def deit_b_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A supernet file of DeiT-B's size, heads 3 to 12."""
+    sizes = {"image_size": 224, "patch_size": 16, "head_dim": 64, "heads": 12, "depth": 12, "classes": 1000}
+    shape = geometry(**sizes, trained_heads=tuple(range(3, 13)))
+    return write_supernet(tmp_path_factory.mktemp("deit_b") / "supernet.safetensors", shape)
+
+
+@pytest.fixture(scope="session")
+def deit_b_bundle(tmp_path_factory: pytest.TempPathFactory, deit_b_file: Path) -> Path:
+    """All ten subnets of it in fp32; do not write to it."""
+    require("onnxruntime")
+    from hydradeploy import export
+
+    path = tmp_path_factory.mktemp("deit_b") / "bundle"
+    export(deit_b_file, path)
+    return path
+
+
 @pytest.fixture
 def bundle(tmp_path: Path, shared_bundle: Path) -> Path:
     """A copy of the bundle to damage."""

@@ -110,3 +110,11 @@ def test_the_oldest_onnx_runtime_opens_every_kind_of_graph(tmp_path, oldest, opt
     command = [str(OLDEST), "-m", "hydradeploy", "verify", "--bundle", str(tmp_path / "b")]
     ran = subprocess.run(command, capture_output=True, text=True, env=oldest)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.slow
+def test_the_oldest_onnx_runtime_reproduces_every_subnet_of_a_deit_b(deit_b_bundle, oldest):
+    command = [str(OLDEST), "-m", "hydradeploy", "verify", "--bundle", str(deit_b_bundle), "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=oldest)
+    assert ran.returncode == 0, ran.stderr
+    assert len(json.loads(ran.stdout)["outputs"]) == 10

@@ -104,6 +104,8 @@ def export(
     geometry = weights.spec.geometry
     chosen = geometry.trained_heads if heads is None else tuple(heads)
     jobs = [Job(geometry.subnet(k).heads, kind, batch, standalone) for kind in kinds for k in chosen]
+    if not jobs:
+        raise UsageError("nothing to export: no head count or no precision given")
     given = samples.read(data, weights.spec, SAMPLES) if data is not None else None
     supernet_sha256 = sha256_file(supernet)
     with locked(bundle, lambda message: report(message, 0, 0)):
@@ -134,6 +136,8 @@ class _Export:
         self._files: dict[str, FileRecord] = {}
         self._tables: dict[str, dict[str, StoredTensor]] = {}
         self._content: dict[Job, str] = {}
+        self._graphs = {job: _graphs(job, self._geometry) for job in jobs}
+        self._digests = {job: graphs.digest(pair) for job, pair in self._graphs.items()}
         arrays = {name: tensor.numpy() for name, tensor in weights.tensors.items()}
         self._stored = stored_tensors(arrays, self._geometry)
 
@@ -142,14 +146,13 @@ class _Export:
         self._report("writing weights and graphs", 0, len(self._jobs))
         for kind in dict.fromkeys(job.precision for job in self._jobs):
             self._write_weights(stage, kind)
-        digests = {}
         for done, job in enumerate(self._jobs, 1):
-            digests[job] = self._write_graphs(stage, job)
+            self._write_graphs(stage, job)
             self._report("writing weights and graphs", done, len(self._jobs))
         checked = dict(self._gate(stage))
         golden = Golden(self._samples.images, {job.name: logits for job, (_, logits) in checked.items()})
         self._files[GOLDEN] = write_file(stage / GOLDEN, golden_bytes(golden))
-        artifacts = [self._artifact(job, digests[job], checked[job][0]) for job in self._jobs]
+        artifacts = [self._artifact(job, checked[job][0]) for job in self._jobs]
         manifest = Manifest(
             schema=SCHEMA,
             spec=self._weights.spec,
@@ -190,10 +193,10 @@ class _Export:
                 pass
         preprocessing = msgspec.json.encode(self._weights.spec.preprocessing)
         for job in jobs:
-            self._content[job] = digests.content(job.heads, self._graph_digest(job).encode(), preprocessing)
+            self._content[job] = digests.content(job.heads, self._digests[job].encode(), preprocessing)
 
-    def _write_graphs(self, stage: Path, job: Job) -> str:
-        for dialect, graph in zip(graphs.DIALECTS, self._graphs(job), strict=True):
+    def _write_graphs(self, stage: Path, job: Job) -> None:
+        for dialect, graph in zip(graphs.DIALECTS, self._graphs[job], strict=True):
             if job.standalone:
                 blocks = {
                     weight.name: convert(weight.name, _block(self._stored[weight.name], weight.shape), job.precision)
@@ -205,7 +208,6 @@ class _Export:
                 data = lower.shared(graph, self._tables[file], file)
             name = job.graph_file(dialect)
             self._files[name] = write_file(stage / name, data)
-        return self._graph_digest(job)
 
     def _gate(self, stage: Path) -> Iterator[tuple[Job, tuple[Parity, parity.Logits]]]:
         """Parity of every artifact; the record stays where neither its files nor the samples changed."""
@@ -238,7 +240,7 @@ class _Export:
                 same[artifact.name] = artifact.parity, golden.logits[artifact.name]
         return same
 
-    def _artifact(self, job: Job, graph_sha256: str, checked: Parity) -> Artifact:
+    def _artifact(self, job: Job, checked: Parity) -> Artifact:
         subnet = self._geometry.subnet(job.heads)
         return Artifact(
             name=job.name,
@@ -248,19 +250,17 @@ class _Export:
             graphs={dialect: job.graph_file(dialect) for dialect in graphs.DIALECTS},
             weights=None if job.standalone else f"supernet-{job.precision.name}.weights",
             sha256=self._content[job],
-            graph_sha256=graph_sha256,
+            graph_sha256=self._digests[job],
             parameters=subnet.parameters,
             macs=subnet.macs,
             size_bytes=0,
             parity=checked,
         )
 
-    def _graphs(self, job: Job) -> tuple[graphs.Graph, ...]:
-        subnet = self._geometry.subnet(job.heads)
-        return tuple(graphs.write(subnet, job.precision, dialect, job.batch) for dialect in graphs.DIALECTS)
 
-    def _graph_digest(self, job: Job) -> str:
-        return graphs.digest(self._graphs(job))
+def _graphs(job: Job, geometry: Geometry) -> tuple[graphs.Graph, ...]:
+    subnet = geometry.subnet(job.heads)
+    return tuple(graphs.write(subnet, job.precision, dialect, job.batch) for dialect in graphs.DIALECTS)
 
 
 def _block(tensor: Array, shape: tuple[int, ...]) -> Array:
