@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from hydradeploy.errors import IntegrityError, UsageError, environment
 from hydradeploy.files import inside, locked, moved_aside, recover, sha256_bytes, sha256_file, write_atomically
-from hydradeploy.spec import Record, Spec, Subnet
+from hydradeploy.spec import Record, Spec, Subnet, decode
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -215,31 +215,13 @@ def read_manifest(path: Path) -> Manifest:
         raise IntegrityError(f"{file}: missing", hint="this is no bundle, or it was copied incompletely") from error
     except OSError as error:
         raise IntegrityError(f"{file}: cannot be read ({error.strerror})") from error
-    manifest = decode(data, Manifest, file)
+    manifest = decode(data, Manifest, str(file), SCHEMA)
     if manifest.sha256 != manifest.digest():
         raise IntegrityError(f"{file}: changed since it was written (its sha256 does not agree)", hint=_COPY_AGAIN)
     return manifest
 
 
-class _Versioned(msgspec.Struct):
-    schema: int
-
-
 _COPY_AGAIN = "copy the bundle again, or export it again"
-_Type = TypeVar("_Type")
-
-
-def decode(data: bytes, kind: type[_Type], file: Path) -> _Type:
-    """Strictly decode one of our JSON files; raises IntegrityError with the file and the path inside it."""
-    try:
-        schema = msgspec.json.decode(data, type=_Versioned).schema if kind is Manifest else SCHEMA
-        if schema != SCHEMA:
-            raise IntegrityError(f"{file}: schema {schema}, this version reads {SCHEMA}", hint="upgrade hydradeploy")
-        return msgspec.json.decode(data, type=kind)
-    except UsageError as error:  # a head count outside the geometry
-        raise IntegrityError(f"{file}: {error.message}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"{file}: {error}", hint=_COPY_AGAIN) from error
 
 
 def golden_bytes(golden: Golden) -> bytes:

@@ -14,7 +14,6 @@ Each carries one sentence that says what is wrong and where, and a hint that say
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -111,8 +110,6 @@ def environment(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = f" {os.fspath(error.filename)!s}" if error.filename else ""
+        named = f": {error.filename}" if error.filename else ""
         reason = error.strerror or str(error)
-        raise EnvironmentFailed(
-            f"{reason.lower()} while {doing}{':' if named else ''}{named}", hint=_HINTS.get(error.errno or 0)
-        ) from error
+        raise EnvironmentFailed(f"{reason.lower()} while {doing}{named}", hint=_HINTS.get(error.errno or 0)) from error

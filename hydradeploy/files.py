@@ -64,7 +64,13 @@ def inside(root: Path, name: str) -> Path:
     if not name or os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
         raise IntegrityError(f"{root}: the file name {name!r} leaves the directory")
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        real = os.path.realpath(path, strict=True)
+    except FileNotFoundError:
+        real = os.path.realpath(path)
+    except OSError as error:
+        raise IntegrityError(f"{path}: cannot be followed ({error.strerror})") from error
+    if not Path(real).is_relative_to(os.path.realpath(root)):
         raise IntegrityError(f"{path}: a symbolic link leads out of {root}")
     return path
 

@@ -6,6 +6,7 @@ Subnet k is the first k heads: width d = head_dim * k, MLP width mlp_ratio * d, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from hydradeploy.errors import UsageError
+from hydradeploy.errors import IntegrityError, UsageError
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
@@ -23,6 +24,32 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A value that can be on disk: frozen, strict about types, refusing fields it does not know."""
+
+
+class _Versioned(msgspec.Struct):
+    schema: int
+
+
+_Kind = TypeVar("_Kind", bound=Record)
+
+
+def decode(data: bytes, kind: type[_Kind], where: str, schema: int = 1) -> _Kind:
+    """Strictly decode one of our JSON documents, which `schema` of the format must fit.
+
+    Raises IntegrityError that names `where` and the path inside it.
+    """
+    hint = "copy or write it again"
+    try:
+        found = msgspec.json.decode(data, type=_Versioned).schema
+        if found != schema:
+            raise IntegrityError(f"{where}: schema {found}, this version reads {schema}", hint="upgrade hydradeploy")
+        return msgspec.json.decode(data, type=kind)
+    except UsageError as error:  # a head count outside the geometry
+        raise IntegrityError(f"{where}: {error.message}", hint=hint) from error
+    except msgspec.ValidationError as error:  # its text ends with the path
+        raise IntegrityError(f"{where}: {error}", hint=hint) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise IntegrityError(f"{where}: cannot be read ({error})", hint=hint) from error
 
 
 class Geometry(Record, frozen=True, kw_only=True):
@@ -45,7 +72,9 @@ class Geometry(Record, frozen=True, kw_only=True):
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.mlp_ratio <= 0 or not float(self.head_dim * self.mlp_ratio).is_integer():
+        hidden = self.head_dim * self.mlp_ratio
+        # A ratio such as 8/3 is not exact in binary; what it gives is.
+        if not math.isfinite(hidden) or round(hidden) < 1 or abs(hidden - round(hidden)) > 1e-6:
             raise ValueError(
                 f"mlp_ratio {self.mlp_ratio} times head_dim {self.head_dim} must be a whole number above 0"
             )
@@ -103,8 +132,10 @@ class Preprocessing(Record, frozen=True, kw_only=True):
             raise ValueError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}")
         if len(self.mean) != len(self.std) or not self.mean:
             raise ValueError("mean and std must have one value per channel")
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be above 0, got {min(self.std)}")
+        if not all(math.isfinite(value) for value in self.mean):
+            raise ValueError(f"mean must be finite, got {self.mean}")
+        if not all(math.isfinite(value) and value > 0 for value in self.std):
+            raise ValueError(f"std must be finite and above 0, got {self.std}")
 
 
 class Spec(Record, frozen=True, kw_only=True):
@@ -189,7 +220,7 @@ def parse_heads(text: str) -> tuple[int, ...]:
     """Head counts from "3,6,9-12", ascending; raises UsageError where it cannot be read."""
     heads: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", part)
         if match is None:
             raise UsageError(f"{text!r} is not a list of head counts", hint="write for example 3,6,9-12")
         first, last = int(match[1]), int(match[2] or match[1])

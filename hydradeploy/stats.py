@@ -37,7 +37,8 @@ def agreement(reference: NDArray[np.float32], logits: NDArray[np.float32], toler
     if reference.shape != logits.shape or reference.ndim != 2:
         raise ValueError(f"logits have shape {logits.shape}, the reference {reference.shape}")
     scale = float(np.abs(reference).max())
-    difference = float(np.abs(logits.astype(np.float64) - reference).max())
+    with np.errstate(invalid="ignore"):  # infinite in both is no agreement either
+        difference = float(np.abs(logits.astype(np.float64) - reference).max())
     relative = difference / scale if scale > 0 else difference
     same = reference.argmax(1) == logits.argmax(1)
     ordered = np.sort(reference, axis=1)

@@ -65,26 +65,17 @@ def parse(text: str, quantity: Quantity) -> float:
 
 def show_bytes(size_bytes: float) -> str:
     """Binary units with three significant digits: 22.9 MiB."""
-    for unit, factor in reversed(_BINARY.items()):
-        if size_bytes >= factor:
-            return f"{_three(size_bytes / factor)} {unit}"
-    return f"{size_bytes:.0f} B"
+    return _scaled(size_bytes, _BINARY) or f"{size_bytes:.0f} B"
 
 
 def show_seconds(seconds: float) -> str:
-    """The unit that gives a number from 1 to 999, three significant digits: 17.4 ms."""
-    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= factor:
-            return f"{_three(seconds / factor)} {unit}"
-    return f"{_three(seconds * 1e9)} ns"
+    """Seconds in the unit that gives a number from 1 to 999, three significant digits: 17.4 ms."""
+    return _scaled(seconds, {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}) or f"{seconds * 1e9:.3g} ns"
 
 
 def show_count(count: float) -> str:
     """A large count of things: 17.6 G, 86.6 M."""
-    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= factor:
-            return f"{_three(count / factor)} {unit}"
-    return f"{count:.0f}"
+    return _scaled(count, {"G": 1e9, "M": 1e6, "k": 1e3}) or f"{count:.0f}"
 
 
 def show_percent(fraction: float, digits: int = 1) -> str:
@@ -92,6 +83,10 @@ def show_percent(fraction: float, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f}%"
 
 
-def _three(value: float) -> str:
-    decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
-    return f"{value:.{decimals}f}"
+def _scaled(value: float, units: Mapping[str, float]) -> str:
+    """Three significant digits in the largest unit that leaves at least 1 after rounding; empty where none does."""
+    for name, factor in sorted(units.items(), key=lambda unit: unit[1], reverse=True):
+        rounded = float(f"{value / factor:.3g}")
+        if rounded >= 1:
+            return f"{rounded:.{max(0, 2 - math.floor(math.log10(rounded)))}f} {name}"
+    return ""

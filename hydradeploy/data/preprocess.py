@@ -40,21 +40,29 @@ def load_image(path: Path, spec: Spec) -> NDArray[np.uint8]:
             # Pillow only warns of an image that unpacks to gigabytes; here it is refused.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                image = file.convert(_MODES[channels])
+                # By way of RGBA, a palette's transparent colours keep their colour; Pillow warns of the direct way.
+                through = file.convert("RGBA") if "transparency" in file.info else file
+                image = through.convert(_MODES[channels])
+            return crop(image, spec.geometry.image_size, spec.preprocessing)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such image") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    # Pillow's decoders raise whatever damaged bytes lead them to: struct.error, zlib.error, IndexError and more.
+    except Exception as error:
         raise InputError(f"{path}: cannot be read as an image ({error})") from error
-    return crop(image, spec.geometry.image_size, spec.preprocessing)
 
 
 def crop(image: Image.Image, size: int, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Resize the shorter side to floor(size / crop_pct) and cut the centre: (size, size, channels)."""
+    """Resize the shorter side to floor(size / crop_pct) and cut the centre: (size, size, channels).
+
+    Raises ValueError where that makes more pixels than Pillow takes for a decompression bomb.
+    """
     shorter = math.floor(size / preprocessing.crop_pct)
     width, height = image.size
     scaled = (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
+    if scaled[0] * scaled[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"{width}x{height} pixels are so thin that they would be resized to {scaled[0]}x{scaled[1]}")
     if scaled != image.size:
         image = image.resize(scaled, _RESAMPLING[preprocessing.interpolation])
     left, top = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def read(source: Path, spec: Spec, count: int) -> Samples:
     Raises UsageError when `source` is not there, InputError for an empty one and for images that do not fit.
     """
     if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         if not files:
             raise InputError(f"{source}: no image in it ({', '.join(SUFFIXES)})")
         images = np.stack([load_image(files[i], spec) for i in _spread(len(files), count)])
@@ -60,17 +59,19 @@ def _images(path: Path, spec: Spec) -> NDArray[np.uint8]:
     g = spec.geometry
     expected = f"(n, {g.image_size}, {g.image_size}, {g.channels})"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images = arrays["images"]
+        # Opened here: np.load leaves a file it cannot read open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            images = np.asarray(arrays["images"])
     except KeyError as error:
         raise InputError(f"{path}: holds no array `images`, expected uint8 {expected}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    # A damaged archive raises whatever its bytes lead zipfile, zlib and numpy to.
+    except Exception as error:
         raise InputError(f"{path}: not a readable .npz file ({error})") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (g.image_size, g.image_size, g.channels):
         raise InputError(f"{path}: `images` is {images.dtype} {images.shape}, expected uint8 {expected}")
     if not len(images):
         raise InputError(f"{path}: `images` is empty")
-    return np.asarray(images)
+    return images
 
 
 def _spread(total: int, count: int) -> list[int]:

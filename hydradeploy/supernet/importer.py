@@ -27,7 +27,7 @@ from hydradeploy.spec import (
     Spec,
     show_heads,
 )
-from hydradeploy.supernet.store import HEADER, read_safetensors, save
+from hydradeploy.supernet.store import HEADER, check, read_safetensors, save
 
 # The official training script stores the averaged weights under the first name, and those are to be deployed;
 # DeiT's own files use "model".
@@ -83,6 +83,7 @@ def import_checkpoint(
         spec = Spec(geometry=geometry, preprocessing=preprocessing, class_names=names)
     except ValueError as error:
         raise InputError(f"{checkpoint}: {error}") from error
+    check(tensors, geometry, str(checkpoint))
     save(out, spec, tensors)
     warnings = []
     if heads is None:
@@ -97,7 +98,22 @@ def import_checkpoint(
 class _Inert:
     """Stands in for any class named by a checkpoint; keeps the attributes it is given and does nothing."""
 
+    def __new__(cls, *_: object, **__: object) -> _Inert:
+        return super().__new__(cls)
+
     def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def _inert_mapping(*_: object) -> dict[object, object]:
+    """Stands in for a mapping that torch's loader fills but does not know."""
+    return {}
+
+
+_MAPPINGS = ("collections.defaultdict",)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str, tuple[int, ...] | None]:
@@ -127,7 +143,7 @@ def _load_inertly(path: Path) -> Any:
     try:
         is_zip = zipfile.is_zipfile(path)
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-        stand_ins = [(type("Inert", (_Inert,), {}), name) for name in unknown]
+        stand_ins = [(_inert_mapping if name in _MAPPINGS else type("Inert", (_Inert,), {}), name) for name in unknown]
         with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # the stubs miss the pair form
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
@@ -138,7 +154,8 @@ def _load_inertly(path: Path) -> Any:
                 hint="load it where you trust it and save the state dict as safetensors",
             ) from error
         raise IntegrityError(f"{path}: cannot be read ({reason})", hint=hint) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError, OSError) as error:
+    # The loader raises whatever the bytes lead it to: struct.error, KeyError, UnicodeDecodeError and more.
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise IntegrityError(f"{path}: cannot be read ({reason})", hint=hint) from error
 
@@ -185,6 +202,8 @@ def _geometry(path: Path, tensors: Mapping[str, Tensor], head_dim: int, heads: S
             f"{(1, grid * grid + 1, dim)}: a square of patches and one class token",
             hint="distilled ViTs and register tokens are not supported",
         )
+    if not (dim and channels and patch and hidden and classes):
+        raise InputError(f"{path}: tensor patch_embed.proj.weight, blocks.0.mlp.fc1.weight or head.weight is empty")
     total = dim // head_dim
     return Geometry(
         image_size=grid * patch,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,12 @@ from pathlib import Path
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
+from safetensors.numpy import save as to_safetensors
 from torch import Tensor
 
 from hydradeploy.errors import InputError, IntegrityError, UsageError, environment
 from hydradeploy.files import write_atomically
-from hydradeploy.spec import Geometry, Record, Spec, Subnet, leading, three
+from hydradeploy.spec import Geometry, Record, Spec, Subnet, decode, leading, three
 from hydradeploy.supernet.model import Supernet
 
 HEADER = "hydradeploy"
@@ -57,13 +56,13 @@ def save(path: Path, spec: Spec, tensors: Mapping[str, Tensor]) -> None:
     Raises InputError for tensors that do not fit the spec or are not finite, EnvironmentFailed when the disk fails.
     """
     check(tensors, spec.geometry, str(path))
+    arrays = {
+        name: tensors[name].detach().to("cpu", torch.float32).contiguous().numpy() for name in spec.geometry.shapes()
+    }
     header = msgspec.json.encode(Header(schema=1, spec=spec)).decode()
     # One metadata entry, not the customary "format" too: safetensors writes several in random order, and the same
     # supernet is to give the same bytes.
-    data = to_safetensors(
-        {name: tensors[name].detach().to("cpu", torch.float32).contiguous() for name in spec.geometry.shapes()},
-        metadata={HEADER: header},
-    )
+    data = to_safetensors(arrays, metadata={HEADER: header})
     with environment(f"writing {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)
@@ -83,7 +82,7 @@ def load(path: Path) -> Weights:
         )
     spec = _spec(path, metadata[HEADER])
     check(tensors, spec.geometry, str(path))
-    return Weights(spec, tensors)
+    return Weights(spec, {name: tensor.float() for name, tensor in tensors.items()})
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -117,9 +116,15 @@ def check(tensors: Mapping[str, Tensor], geometry: Geometry, source: str) -> Non
             )
         if not tensor.is_floating_point():
             raise InputError(f"{source}: tensor {name} is {tensor.dtype}, expected floating point")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise InputError(f"{source}: tensor {name} holds no plain values (meta, sparse or other layout)")
         # One pass and no copy: a sum is finite only if every term is, and terms that cancel infinities give NaN.
-        if not torch.isfinite(tensor.sum(dtype=torch.float64)):
-            raise InputError(f"{source}: tensor {name} holds NaN or infinite values")
+        if not torch.isfinite(tensor.float().sum(dtype=torch.float64)):
+            raise InputError(f"{source}: tensor {name} holds NaN or infinite values{_as_fp32(tensor)}")
+
+
+def _as_fp32(tensor: Tensor) -> str:
+    return "" if tensor.dtype == torch.float32 else f" once it is fp32 (it is {tensor.dtype})"
 
 
 def place(model: Supernet, small: Mapping[str, Tensor], geometry: Geometry) -> None:
@@ -133,10 +138,12 @@ def place(model: Supernet, small: Mapping[str, Tensor], geometry: Geometry) -> N
             f"the smaller ViT has head_dim {geometry.head_dim} and eps {geometry.eps}, "
             f"the supernet {model.geometry.head_dim} and {model.geometry.eps}"
         )
-    corner = msgspec.structs.replace(model.geometry, heads=geometry.heads, trained_heads=(geometry.heads,))
-    check(small, corner, "the smaller ViT, in the supernet's leading corner")
     if geometry.heads > model.geometry.heads:
-        raise InputError(f"the smaller ViT has {geometry.heads} heads, the supernet {model.geometry.heads}")
+        raise InputError(
+            f"the smaller ViT has more heads than the supernet: tensor cls_token has shape "
+            f"{tuple(small['cls_token'].shape)}, expected at most {tuple(model.cls_token.shape)}"
+        )
+    check(small, model.geometry.alone(geometry.heads), "the smaller ViT, in the supernet's leading corner")
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if ".attn.qkv." in name:
@@ -147,11 +154,4 @@ def place(model: Supernet, small: Mapping[str, Tensor], geometry: Geometry) -> N
 
 
 def _spec(path: Path, text: str) -> Spec:
-    where = f"{path}: the header's {HEADER!r} entry"
-    try:
-        schema = json.loads(text).get("schema")
-        if schema != 1:
-            raise IntegrityError(f"{where} has schema {schema}, this version reads 1", hint="upgrade hydradeploy")
-        return msgspec.json.decode(text, type=Header).spec
-    except (ValueError, AttributeError) as error:
-        raise IntegrityError(f"{where} cannot be read: {error}") from error
+    return decode(text.encode(), Header, f"{path}, header entry {HEADER!r}").spec

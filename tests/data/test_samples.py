@@ -123,11 +123,9 @@ def test_images_of_an_npz_file_are_taken_as_they_are(tmp_path, compressed):
     assert found.source == "a.npz"
 
 
-@pytest.mark.parametrize(
-    ("count", "taken"), [(1, [0]), (2, [0, 2]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
-)
-def test_few_images_of_an_npz_file_are_spread_evenly(tmp_path, count, taken):
-    found = read(arrays(tmp_path / "a.npz", images=pixels()), spec(), count)
+@pytest.mark.parametrize("taken", [[0], [0, 2], [0, 1, 2], [0, 1, 2, 3]])
+def test_few_images_of_an_npz_file_are_spread_evenly(tmp_path, taken):
+    found = read(arrays(tmp_path / "a.npz", images=pixels()), spec(), len(taken))
     assert np.array_equal(found.images, pixels()[taken])
 
 
@@ -224,14 +222,13 @@ def test_an_archive_whose_images_are_no_array_is_refused_by_name(tmp_path):
 
 
 @settings(max_examples=100)
-@given(st.booleans(), st.data())
-def test_an_npz_file_with_damaged_bytes_is_read_or_refused(tmp_path, compressed, data):
+@given(st.booleans(), st.dictionaries(st.integers(-120, 250), st.integers(0, 255), min_size=1, max_size=3))
+def test_an_npz_file_with_damaged_bytes_is_read_or_refused(tmp_path, compressed, changes):
     buffer = io.BytesIO()
     (np.savez_compressed if compressed else np.savez)(buffer, images=pixels(1))
     damaged = bytearray(buffer.getvalue())
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.one_of(st.integers(0, 250), st.integers(len(damaged) - 120, len(damaged) - 1)))
-        damaged[at] = data.draw(st.integers(0, 255))
+    for at, value in changes.items():
+        damaged[at] = value
     path = tmp_path / "a.npz"
     path.write_bytes(damaged)
     try:
