@@ -70,6 +70,8 @@ class Geometry(Record, frozen=True, kw_only=True):
         for field in ("image_size", "patch_size", "channels", "head_dim", "heads", "depth", "classes"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.depth > 1000:  # no ViT is; a damaged file should not make billions of names
+            raise ValueError(f"depth must be at most 1000, got {self.depth}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         hidden = self.head_dim * self.mlp_ratio

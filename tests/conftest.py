@@ -61,6 +61,12 @@ def geometry(**changes: object) -> Geometry:
     return Geometry(**(values | changes))  # type: ignore[arg-type]
 
 
+def deit_b_geometry(**changes: object) -> Geometry:
+    """The paper's supernet: DeiT-B, heads 3 to 12."""
+    sizes = {"image_size": 224, "patch_size": 16, "head_dim": 64, "heads": 12, "depth": 12, "classes": 1000}
+    return geometry(**(sizes | {"trained_heads": tuple(range(3, 13))} | changes))
+
+
 def spec(shape: Geometry | None = None, **changes: object) -> Spec:
     """A spec around a geometry."""
     shape = shape or geometry()
@@ -111,9 +117,7 @@ def shared_bundle(tmp_path_factory: pytest.TempPathFactory, supernet_file: Path)
 @pytest.fixture(scope="session")
 def deit_b_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A supernet file of DeiT-B's size, heads 3 to 12."""
-    sizes = {"image_size": 224, "patch_size": 16, "head_dim": 64, "heads": 12, "depth": 12, "classes": 1000}
-    shape = geometry(**sizes, trained_heads=tuple(range(3, 13)))
-    return write_supernet(tmp_path_factory.mktemp("deit_b") / "supernet.safetensors", shape)
+    return write_supernet(tmp_path_factory.mktemp("deit_b") / "supernet.safetensors", deit_b_geometry())
 
 
 @pytest.fixture(scope="session")

@@ -12,21 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydradeploy.errors import UsageError
-from hydradeploy.spec import Geometry, Preprocessing, Spec, leading, parse_heads, show_heads, three
-from tests.conftest import geometry, spec
+from hydradeploy.spec import Preprocessing, Spec, leading, parse_heads, show_heads, three
+from tests.conftest import deit_b_geometry, geometry, spec
 
-DEIT_B = Geometry(
-    image_size=224,
-    patch_size=16,
-    channels=3,
-    head_dim=64,
-    heads=12,
-    trained_heads=tuple(range(3, 13)),
-    depth=12,
-    mlp_ratio=4.0,
-    classes=1000,
-    eps=1e-6,
-)
+DEIT_B = deit_b_geometry()
 # heads, width, parameters, GMACs, MiB in fp32
 TABLE = [
     (3, 192, 5717416, "1.254", "21.8"),

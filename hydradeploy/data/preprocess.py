@@ -37,6 +37,7 @@ def load_image(path: Path, spec: Spec) -> NDArray[np.uint8]:
         raise InputError(f"{path}: image files have 1 or 3 channels, this supernet wants {channels}")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata
             # Pillow only warns of an image that unpacks to gigabytes; here it is refused.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
@@ -48,6 +49,8 @@ def load_image(path: Path, spec: Spec) -> NDArray[np.uint8]:
         raise InputError(f"{path}: no such image") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: not an image that Pillow can read") from error
+    except MemoryError:
+        raise
     # Pillow's decoders raise whatever damaged bytes lead them to: struct.error, zlib.error, IndexError and more.
     except Exception as error:
         raise InputError(f"{path}: cannot be read as an image ({error})") from error

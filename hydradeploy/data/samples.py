@@ -64,6 +64,8 @@ def _images(path: Path, spec: Spec) -> NDArray[np.uint8]:
             images = np.asarray(arrays["images"])
     except KeyError as error:
         raise InputError(f"{path}: holds no array `images`, expected uint8 {expected}") from error
+    except MemoryError:
+        raise
     # A damaged archive raises whatever its bytes lead zipfile, zlib and numpy to.
     except Exception as error:
         raise InputError(f"{path}: not a readable .npz file ({error})") from error

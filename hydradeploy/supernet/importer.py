@@ -7,7 +7,8 @@ inert one that only keeps what it is given.
 from __future__ import annotations
 
 import math
-import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,14 +86,14 @@ def import_checkpoint(
         raise InputError(f"{checkpoint}: {error}") from error
     check(tensors, geometry, str(checkpoint))
     save(out, spec, tensors)
-    warnings = []
+    assumptions = []
     if heads is None:
-        warnings.append(
+        assumptions.append(
             f"the checkpoint does not say which head counts were trained; assumed "
             f"{show_heads(geometry.trained_heads)} heads of {head_dim} dims (--trained-heads, --head-dim). "
             "An ordinary ViT computes nothing useful with fewer heads than it was trained with"
         )
-    return Imported(out, spec, entry, tuple(warnings))
+    return Imported(out, spec, entry, tuple(assumptions))
 
 
 class _Inert:
@@ -139,30 +140,45 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _load_inertly(path: Path) -> Any:
-    hint = "the file may be truncated, or is not a torch checkpoint"
-    try:
-        is_zip = zipfile.is_zipfile(path)
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-        stand_ins = [(_inert_mapping if name in _MAPPINGS else type("Inert", (_Inert,), {}), name) for name in unknown]
-        with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # the stubs miss the pair form
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        if "blocked" in str(error) or "GLOBAL" in str(error):
-            raise InputError(
-                f"{path}: refused, its pickle asks for code to be run ({_last_line(error)})",
-                hint="load it where you trust it and save the state dict as safetensors",
-            ) from error
-        raise IntegrityError(f"{path}: cannot be read ({reason})", hint=hint) from error
-    # The loader raises whatever the bytes lead it to: struct.error, KeyError, UnicodeDecodeError and more.
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise IntegrityError(f"{path}: cannot be read ({reason})", hint=hint) from error
+    """torch's restricted loader, run again with a stand-in for each class that it names as unknown."""
+    stand_ins: dict[str, Any] = {}
+    while True:
+        try:
+            return _load(path, stand_ins)
+        except MemoryError:
+            raise
+        # The loader raises whatever the bytes lead it to: struct.error, KeyError, UnicodeDecodeError and more.
+        except Exception as error:
+            unknown = _UNKNOWN_CLASS.search(str(error))
+            name = "" if unknown is None else unknown[1]
+            full = name if "." in name else f"builtins.{name}"  # torch leaves that module's name out
+            if not name or full in stand_ins:
+                raise _refusal(path, error) from error
+            stand_ins[full] = _inert_mapping if full in _MAPPINGS else type("Inert", (_Inert,), {})
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "blocked" in line or "GLOBAL" in line), lines[0])
+def _load(path: Path, stand_ins: Mapping[str, Any]) -> Any:
+    pairs = [(stand_in, name) for name, stand_in in stand_ins.items()]
+    with warnings.catch_warnings(), torch.serialization.safe_globals(pairs):  # type: ignore[arg-type]
+        warnings.simplefilter("ignore")  # of old pickle protocols
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+# What torch says of a class it was not told to allow, from 2.6 to 2.13.
+_UNKNOWN_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
+
+
+def _refusal(path: Path, error: Exception) -> InputError | IntegrityError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    code = next((line for line in lines if "blocked" in line or "GLOBAL" in line), None)
+    if code is not None:
+        return InputError(
+            f"{path}: refused, its pickle asks for code to be run ({code})",
+            hint="load it where you trust it and save the state dict as safetensors",
+        )
+    return IntegrityError(
+        f"{path}: cannot be read ({lines[0]})", hint="the file may be truncated, or is not a torch checkpoint"
+    )
 
 
 def _state(path: Path, state: object) -> dict[str, Tensor]:

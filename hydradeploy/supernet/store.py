@@ -130,7 +130,8 @@ def _as_fp32(tensor: Tensor) -> str:
 def place(model: Supernet, small: Mapping[str, Tensor], geometry: Geometry) -> None:
     """Put a smaller ViT into the leading corner, so that the supernet at its head count equals it exactly.
 
-    Raises InputError where anything but the number of heads differs, naming the tensor and both shapes.
+    Raises InputError where anything but the number of heads differs, naming the tensor and both shapes, or head_dim and
+    eps, which no shape tells.
     """
     check(small, geometry, "the smaller ViT")
     if geometry.head_dim != model.geometry.head_dim or geometry.eps != model.geometry.eps:

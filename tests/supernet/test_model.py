@@ -13,7 +13,7 @@ from torch import nn
 
 from hydradeploy.errors import UsageError
 from hydradeploy.supernet.model import Supernet
-from tests.conftest import geometry, supernet
+from tests.conftest import deit_b_geometry, geometry, supernet
 
 KINDS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
@@ -109,17 +109,7 @@ def test_at_deit_b_width_every_head_count_gives_the_bits_of_the_plain_vit(deit_b
 @pytest.fixture(scope="module")
 def deit_b():
     """A supernet of DeiT-B's width, two blocks deep."""
-    return supernet(
-        geometry(
-            image_size=224,
-            patch_size=16,
-            head_dim=64,
-            heads=12,
-            trained_heads=tuple(range(3, 13)),
-            depth=2,
-            classes=1000,
-        )
-    )
+    return supernet(deit_b_geometry(depth=2))
 
 
 @settings(max_examples=25)
