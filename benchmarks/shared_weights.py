@@ -1,11 +1,14 @@
 """What sharing one weights file costs at run time, against the same graphs with their own weights.
 
-    python benchmarks/shared_weights.py [--rounds 10] [--heads 3,6,9,12]
+    python benchmarks/shared_weights.py [--rounds 8] [--heads 3,6,9,12]
 
-Every figure is of a fresh process that opens one graph in ONNX Runtime; shared and standalone alternate, and which
-goes first changes from round to round. Ratios are shared / standalone per round, their median with a 95 % bootstrap
-interval. `load_s` opens the session with the files in the page cache, `cold_load_s` after they were dropped from it.
-`peak_bytes` is the process's high-water mark less what it was before the graph was opened.
+Each round starts one fresh process per variant. They open their graph one after the other (which is first changes from
+round to round), then run in turns of a few inferences while the other sleeps, so that whatever else the machine does
+meets both alike. A round's latency ratio is the median over its pairs of turns; ratios are shared / standalone, given
+as the median over rounds with a 95 % bootstrap interval over rounds.
+
+`load_s` opens the session with the files in the page cache, `cold_load_s` after they were dropped from it, `first_s` is
+the first inference. `peak_bytes` is the process's high-water mark less what it was before the graph was opened.
 """
 
 from __future__ import annotations
@@ -19,9 +22,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from common import machine, ratio_interval, stack, supernet_file, write_csv
 
+# Longer than ONNX Runtime's threads spin after a run, so that the one does not slow the other.
+PAUSE_S = 0.05
+TURNS = 8
 FIGURES = ("latency_s", "load_s", "cold_load_s", "first_s", "peak_bytes")
 
 
@@ -33,8 +40,8 @@ def high_water_bytes() -> int:
     raise RuntimeError("no VmHWM in /proc/self/status")
 
 
-def child(bundle: Path, artifact: str, runs: int) -> None:
-    """Open one artifact and run it; print the figures."""
+def child(bundle: Path, artifact: str) -> None:
+    """Open one artifact, print the figures, then answer each number on stdin with the seconds of that many runs."""
     import numpy as np
     import onnxruntime  # noqa: F401  # its own import is not part of what is measured
 
@@ -49,20 +56,43 @@ def child(bundle: Path, artifact: str, runs: int) -> None:
     with runner.open(model, Options()) as session:
         loaded = time.perf_counter()
         session.run(image)
-        first = time.perf_counter()
-        samples = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            session.run(image)
-            samples.append(time.perf_counter() - start)
-    figures = {"load_s": loaded - started, "first_s": first - loaded, "peak_bytes": high_water_bytes() - before}
-    print(json.dumps(figures | {"latency_s": statistics.median(samples) if samples else None}))
+        first = time.perf_counter() - loaded
+        figures = {"load_s": loaded - started, "first_s": first, "peak_bytes": high_water_bytes() - before}
+        print(json.dumps(figures), flush=True)
+        for line in sys.stdin:
+            samples = []
+            for _ in range(int(line)):
+                start = time.perf_counter()
+                session.run(image)
+                samples.append(time.perf_counter() - start)
+            print(json.dumps(samples), flush=True)
 
 
-def measure(bundle: Path, artifact: str, runs: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", str(bundle), artifact, str(runs)]
-    figures: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return figures
+class Child:
+    """A process that has one artifact open."""
+
+    def __init__(self, bundle: Path, artifact: str) -> None:
+        command = [sys.executable, __file__, "--child", str(bundle), artifact]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.figures: dict[str, float] = self._answer()
+
+    def turn(self, runs: int) -> list[float]:
+        """Seconds of each of `runs` inferences, after two that settle caches."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{runs + 2}\n")
+        self._process.stdin.flush()
+        samples: list[float] = self._answer()
+        time.sleep(PAUSE_S)
+        return samples[2:]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
 
 
 def drop_from_cache(bundle: Path) -> None:
@@ -73,14 +103,26 @@ def drop_from_cache(bundle: Path) -> None:
         os.close(descriptor)
 
 
-def one_round(bundles: dict[str, Path], artifact: str, heads: int, turn: int) -> dict[str, dict[str, float]]:
-    """Both variants, the other one first in every other round."""
-    order = list(bundles) if turn % 2 == 0 else list(bundles)[::-1]
-    figures: dict[str, dict[str, float]] = {}
+def one_round(bundles: dict[str, Path], artifact: str, heads: int, number: int) -> dict[str, dict[str, float]]:
+    """All figures of both variants; `latency_s` of the ratio is paired turn by turn."""
+    order = list(bundles) if number % 2 == 0 else list(bundles)[::-1]
+    cold = {}
     for variant in order:
         drop_from_cache(bundles[variant])
-        cold = measure(bundles[variant], artifact, 0)["load_s"]
-        figures[variant] = measure(bundles[variant], artifact, 120 // heads) | {"cold_load_s": cold}
+        child = Child(bundles[variant], artifact)
+        child.close()
+        cold[variant] = child.figures["load_s"]
+    children = {variant: Child(bundles[variant], artifact) for variant in order}
+    turns: dict[str, list[float]] = {variant: [] for variant in order}
+    for turn in range(TURNS):
+        for variant in order if turn % 2 == 0 else order[::-1]:
+            turns[variant].append(statistics.median(children[variant].turn(max(3, 30 // heads))))
+    ratio = statistics.median(a / b for a, b in zip(turns["shared"], turns["standalone"], strict=True))
+    figures = {}
+    for variant, child in children.items():
+        child.close()
+        latency = {"latency_s": statistics.median(turns[variant]), "paired_ratio": ratio}
+        figures[variant] = child.figures | latency | {"cold_load_s": cold[variant]}
     return figures
 
 
@@ -90,19 +132,22 @@ def summary(artifact: str, rounds: list[dict[str, dict[str, float]]]) -> dict[st
         for variant in ("shared", "standalone"):
             value = statistics.median(r[variant][figure] for r in rounds)
             row[f"{figure}_{variant}"] = round(value, 5) if figure.endswith("_s") else int(value)
-        ratio, low, high = ratio_interval([r["shared"][figure] / r["standalone"][figure] for r in rounds])
+        ratios = [r["shared"][figure] / r["standalone"][figure] for r in rounds]
+        if figure == "latency_s":
+            ratios = [r["shared"]["paired_ratio"] for r in rounds]
+        ratio, low, high = ratio_interval(ratios)
         row |= {f"{figure}_ratio": round(ratio, 3), f"{figure}_low": round(low, 3), f"{figure}_high": round(high, 3)}
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--heads", default="3-12")
-    parser.add_argument("--child", nargs=3)
+    parser.add_argument("--child", nargs=2)
     arguments = parser.parse_args()
     if arguments.child:
-        child(Path(arguments.child[0]), arguments.child[1], int(arguments.child[2]))
+        child(Path(arguments.child[0]), arguments.child[1])
         return
     from hydradeploy import export
     from hydradeploy.spec import parse_heads

@@ -25,8 +25,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.errors import IntegrityError, UsageError, environment
-from hydradeploy.files import inside, locked, moved_aside, recover, sha256_bytes, sha256_file, write_atomically
+from hydradeploy.errors import IntegrityError, UsageError
+from hydradeploy.files import inside, locked, moved_aside, sha256_bytes, sha256_file, write_atomically
 from hydradeploy.spec import Record, Spec, Subnet, decode
 
 SCHEMA = 1
@@ -195,8 +195,8 @@ def open_bundle(path: Path, check: Check = "stamp") -> Bundle:
     Raises UsageError when there is no bundle, IntegrityError when a file is missing, changed or leads out of it.
     """
     if moved_aside(path):
-        with locked(path, lambda _: None), environment(f"recovering {path}"):
-            recover(path)
+        with locked(path, lambda _: None):
+            pass
     if not path.is_dir():
         raise UsageError(f"{path}: no bundle here", hint="write one with hydradeploy export, or name it with --bundle")
     manifest = read_manifest(path)

@@ -79,13 +79,16 @@ def inside(root: Path, name: str) -> Path:
 def locked(target: Path, waiting: Callable[[str], None]) -> Iterator[None]:
     """Hold the writers' lock of `target` (a file beside it); `waiting` is told when another process has it.
 
-    The kernel drops the lock with the process, so a killed writer never blocks the next one.
+    The kernel drops the lock with the process, so a killed writer never blocks the next one. What such a one left
+    between two renames is put right as soon as the lock is held.
     """
     lock = _beside(target, "lock")
     with environment(f"locking {target}"):
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(lock, lambda: waiting(f"another process is writing {target}; waiting for it"))
     try:
+        with environment(f"recovering {target}"):
+            recover(target)
         yield
     finally:
         # Removed while held: whoever waited on this file sees that it is no longer the lock and takes a new one.
@@ -120,7 +123,6 @@ def staged(target: Path) -> Iterator[Path]:
     """
     place = _beside(target, "staged-")
     with environment(f"writing {target}"):
-        recover(target)
         for leftover in place.parent.glob(f"{glob.escape(place.name)}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         stage = Path(tempfile.mkdtemp(prefix=place.name, dir=place.parent))

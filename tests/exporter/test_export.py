@@ -545,3 +545,11 @@ def test_a_supernet_written_again_is_the_same_supernet(supernet_file, tmp_path):
     for i in range(5):
         save(tmp_path / str(i), weights.spec, weights.tensors)
     assert len({(tmp_path / str(i)).read_bytes() for i in range(5)}) == 1
+
+
+def test_an_export_adds_to_the_bundle_that_a_killed_one_had_moved_aside(supernet_file, tmp_path):
+    export(supernet_file, tmp_path / "b", heads=(2,))
+    (tmp_path / "b").rename(tmp_path / ".b.old")
+    export(supernet_file, tmp_path / "b", heads=(3,))
+    assert names(tmp_path / "b") == ["h02-fp32", "h03-fp32"]
+    assert leftovers(tmp_path) == []
