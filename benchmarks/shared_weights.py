@@ -3,9 +3,10 @@
     python benchmarks/shared_weights.py [--rounds 8] [--heads 3,6,9,12]
 
 Each round starts one fresh process per variant. They open their graph one after the other (which is first changes from
-round to round), then run in turns of a few inferences while the other sleeps, so that whatever else the machine does
-meets both alike. A round's latency ratio is the median over its pairs of turns; ratios are shared / standalone, given
-as the median over rounds with a 95 % bootstrap interval over rounds.
+round to round), then run in turns of a few inferences, so that whatever else the machine does meets both alike. The
+waiting one is stopped (SIGSTOP), because its spinning threads would slow the other. A round's latency ratio is the
+median over its pairs of turns; ratios are shared / standalone, given as the median over rounds with a 95 % bootstrap
+interval over rounds.
 
 `load_s` opens the session with the files in the page cache, `cold_load_s` after they were dropped from it, `first_s` is
 the first inference. `peak_bytes` is the process's high-water mark less what it was before the graph was opened.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,8 +28,6 @@ from typing import Any
 
 from common import machine, ratio_interval, stack, supernet_file, write_csv
 
-# Longer than ONNX Runtime's threads spin after a run, so that the one does not slow the other.
-PAUSE_S = 0.05
 TURNS = 8
 FIGURES = ("latency_s", "load_s", "cold_load_s", "first_s", "peak_bytes")
 
@@ -75,18 +75,21 @@ class Child:
         command = [sys.executable, __file__, "--child", str(bundle), artifact]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.figures: dict[str, float] = self._answer()
+        self._process.send_signal(signal.SIGSTOP)
 
     def turn(self, runs: int) -> list[float]:
         """Seconds of each of `runs` inferences, after two that settle caches."""
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(f"{runs + 2}\n")
         self._process.stdin.flush()
         samples: list[float] = self._answer()
-        time.sleep(PAUSE_S)
+        self._process.send_signal(signal.SIGSTOP)
         return samples[2:]
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.close()
         self._process.wait()
 

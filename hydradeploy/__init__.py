@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hydradeploy.bundle import open_bundle
     from hydradeploy.errors import HydraError
+    from hydradeploy.evaluator.evaluate import declare, evaluate
     from hydradeploy.exporter.export import export
     from hydradeploy.exporter.pack import pack
     from hydradeploy.runtime.predict import run
     from hydradeploy.runtime.verify import verify
     from hydradeploy.supernet.importer import import_checkpoint
 
-__all__ = ["HydraError", "export", "import_checkpoint", "open_bundle", "pack", "run", "verify"]
+__all__ = ["HydraError", "declare", "evaluate", "export", "import_checkpoint", "open_bundle", "pack", "run", "verify"]
 
 _MODULES = {
     "HydraError": "hydradeploy.errors",
+    "declare": "hydradeploy.evaluator.evaluate",
+    "evaluate": "hydradeploy.evaluator.evaluate",
     "export": "hydradeploy.exporter.export",
     "import_checkpoint": "hydradeploy.supernet.importer",
     "open_bundle": "hydradeploy.bundle",

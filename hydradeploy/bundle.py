@@ -6,6 +6,8 @@
       h03-fp32.onnx ...        graphs whose initialisers point into the weights file
       h03-fp32.trt.onnx ...    the same for TensorRT
       golden.npz               sample images and the logits each artifact must reproduce
+      accuracy.json            top-1 per artifact, backend and data set, measured or declared
+      evaluation.npz           what each artifact said of each image, for paired comparisons
       .stamp.json              sizes, times, inodes and hashes of the last full verification
 
 History of the manifest's schema: 1, the first.
@@ -25,13 +27,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.errors import IntegrityError, UsageError
+from hydradeploy.errors import IntegrityError, UsageError, environment
 from hydradeploy.files import inside, locked, moved_aside, sha256_bytes, sha256_file, write_atomically
 from hydradeploy.spec import Record, Spec, Subnet, decode
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
+ACCURACY = "accuracy.json"
+EVALUATION = "evaluation.npz"
 STAMP = ".stamp.json"
 
 Dialect = Literal["ort", "trt"]
@@ -121,6 +125,52 @@ class Manifest(Record, frozen=True, kw_only=True):
     def digest(self) -> str:
         """SHA-256 of everything but `sha256` itself."""
         return sha256_bytes(msgspec.json.encode(msgspec.structs.replace(self, sha256="")))
+
+
+class AccuracyRow(Record, frozen=True, kw_only=True):
+    """How often an artifact was right. `sha256` is the artifact's: accuracy of other weights is no accuracy of these.
+
+    `backend`, `compute_type` and `instruction_set` are what rounding depends on; they and `data_sha256` are None where
+    the figure is declared, not measured. `lower` and `upper` are a 95 % Wilson interval. `outcomes` names the row's
+    arrays in evaluation.npz.
+    """
+
+    artifact: str
+    sha256: str
+    backend: str | None
+    compute_type: str | None
+    instruction_set: str | None
+    dataset: str
+    data_sha256: str | None
+    correct: int
+    n: int
+    top1: float
+    lower: float
+    upper: float
+    source: Literal["measured", "declared"]
+    outcomes: str | None
+
+    def replaces(self, other: AccuracyRow) -> bool:
+        """Whether both are the same measurement, taken again."""
+        keys = ("sha256", "backend", "compute_type", "instruction_set", "dataset", "source")
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
+
+
+class AccuracyFile(Record, frozen=True, kw_only=True):
+    """accuracy.json. `evaluation_sha256` is of the evaluation.npz it belongs to, None where there is none."""
+
+    schema: int
+    evaluation_sha256: str | None
+    rows: tuple[AccuracyRow, ...]
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Per image (n,): the class an artifact named, the probability it gave it, and whether it is right."""
+
+    prediction: NDArray[np.int32]
+    probability: NDArray[np.float32]
+    right: NDArray[np.bool_]
 
 
 class Stamped(Record, frozen=True, kw_only=True):
@@ -222,6 +272,73 @@ def read_manifest(path: Path) -> Manifest:
 
 
 _COPY_AGAIN = "copy the bundle again, or export it again"
+
+
+def read_accuracy(bundle: Bundle) -> tuple[AccuracyRow, ...]:
+    """Every row of the bundle's accuracy file, none where there is no file; raises IntegrityError for a damaged one.
+
+    Rows of artifacts that have since been replaced are among them: compare `sha256`.
+    """
+    return _accuracy(bundle).rows
+
+
+def read_outcomes(bundle: Bundle) -> dict[str, Outcomes]:
+    """The per-image outcomes by the `outcomes` name of their row.
+
+    Raises IntegrityError where evaluation.npz is damaged or not the one accuracy.json was written with.
+    """
+    expected = _accuracy(bundle).evaluation_sha256
+    path = inside(bundle.path, EVALUATION)
+    if expected is None:
+        return {}
+    try:
+        data = path.read_bytes()
+        if sha256_bytes(data) != expected:
+            raise IntegrityError(f"{path}: is not the one {ACCURACY} belongs to", hint="evaluate again")
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            names = sorted({name.rpartition(".")[0] for name in arrays.files})
+            parts = {name: [arrays[f"{name}.{part}"] for part in _OUTCOME_PARTS] for name in names}
+            return {name: Outcomes(*found) for name, found in parts.items()}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise IntegrityError(f"{path}: cannot be read ({error})", hint="evaluate again") from error
+
+
+def write_accuracy(bundle: Bundle, fresh: Mapping[AccuracyRow, Outcomes | None]) -> None:
+    """Add rows; those they replace go, all others stay. Raises EnvironmentFailed when the disk fails."""
+    with locked(bundle.path, lambda _: None):
+        before = _accuracy(bundle).rows
+        kept = [row for row in before if not any(new.replaces(row) for new in fresh)]
+        outcomes: dict[str, Outcomes] = {}
+        with suppress(IntegrityError):  # outcomes that do not belong to the rows are of no use to anybody
+            outcomes = read_outcomes(bundle)
+        outcomes |= {row.outcomes: found for row, found in fresh.items() if row.outcomes and found is not None}
+        rows = (*kept, *fresh)
+        wanted = {row.outcomes for row in rows}
+        arrays = {
+            f"{name}.{part}": getattr(found, part)
+            for name, found in outcomes.items()
+            if name in wanted
+            for part in _OUTCOME_PARTS
+        }
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        record = AccuracyFile(schema=1, evaluation_sha256=sha256_bytes(buffer.getvalue()), rows=rows)
+        with environment(f"writing accuracy into {bundle.path}"):
+            write_atomically(bundle.path / EVALUATION, buffer.getvalue())
+            write_atomically(bundle.path / ACCURACY, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+
+
+_OUTCOME_PARTS = ("prediction", "probability", "right")
+
+
+def _accuracy(bundle: Bundle) -> AccuracyFile:
+    path = inside(bundle.path, ACCURACY)
+    try:
+        return decode(path.read_bytes(), AccuracyFile, str(path))
+    except FileNotFoundError:
+        return AccuracyFile(schema=1, evaluation_sha256=None, rows=())
+    except OSError as error:
+        raise IntegrityError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def golden_bytes(golden: Golden) -> bytes:

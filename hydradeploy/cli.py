@@ -110,7 +110,7 @@ def export(
     heads: Annotated[str | None, typer.Option(help="Head counts: 3,6,9-12. Default: all that were trained.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16; several with commas.")] = "fp32",
     data: Annotated[
-        Path | None, typer.Option(help="Images for the parity gate: a folder or .npz. Default: made from a seed.")
+        str | None, typer.Option(help="Images for the parity gate: digits, a folder or .npz. Default: from a seed.")
     ] = None,
     batch: Annotated[str, typer.Option(help="Images per run: a number, or dynamic.")] = "1",
     standalone: Annotated[bool, typer.Option("--standalone", help="Graphs that carry their own weights.")] = False,
@@ -159,6 +159,51 @@ def export(
         f"{bundle}: {show_bytes(total)}, {show_bytes(stored)} of it shared weights; "
         f"parity on {manifest.artifacts[0].parity.samples} samples ({manifest.samples})"
     )
+
+
+@app.command()
+def evaluate(
+    data: Annotated[
+        str | None, typer.Option(help="digits, a folder with a folder per class, or an .npz file; its test split.")
+    ] = None,
+    declared: Annotated[
+        Path | None, typer.Option(help="CSV of accuracy measured elsewhere: artifact,dataset,top1,n.")
+    ] = None,
+    bundle: BundlePath = Path("bundle"),
+    limit: Annotated[int | None, typer.Option(help="Evaluate on that many images, spread evenly.", min=1)] = None,
+    backend: Annotated[str | None, typer.Option(help="Default: the first that is usable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the accuracy of every artifact.
+
+    Top-1 with a 95 % interval, kept in the bundle with what each artifact said of each image. Accuracy measured
+    elsewhere is entered with --declared and marked as that.
+    """
+    if (data is None) == (declared is None):
+        raise UsageError("give either --data or --declared", hint="hydradeploy evaluate --data digits")
+    from hydradeploy.evaluator.evaluate import declare
+    from hydradeploy.evaluator.evaluate import evaluate as call
+
+    if declared is not None:
+        found = declare(bundle, declared)
+    else:
+        with _progress() as report:
+            found = call(bundle, str(data), limit=limit, backend_name=backend, report=report)
+    if as_json:
+        _print_json({"bundle": str(bundle), "rows": found.rows})
+        return
+    rows = [
+        (
+            row.artifact,
+            show_percent(row.top1, 2),
+            f"{show_percent(row.lower, 2)} .. {show_percent(row.upper, 2)}",
+            str(row.n),
+            row.dataset,
+            row.source if row.backend is None else f"{row.backend}, {row.instruction_set}",
+        )
+        for row in found.rows
+    ]
+    _table(("artifact", "top-1", "95% interval", "images", "data", "by"), rows)
 
 
 @app.command()

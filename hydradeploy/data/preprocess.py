@@ -32,9 +32,11 @@ def load_image(path: Path, spec: Spec) -> NDArray[np.uint8]:
 
     Raises InputError for what is not there, not an image, truncated, or for a supernet of neither 1 nor 3 channels.
     """
-    channels = spec.geometry.channels
-    if channels not in _MODES:
-        raise InputError(f"{path}: image files have 1 or 3 channels, this supernet wants {channels}")
+    return prepare(open_image(path), spec, str(path))
+
+
+def open_image(path: Path) -> Image.Image:
+    """One image file, decoded; raises InputError for what is not there, not an image or truncated."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata
@@ -42,9 +44,7 @@ def load_image(path: Path, spec: Spec) -> NDArray[np.uint8]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 # By way of RGBA, a palette's transparent colours keep their colour; Pillow warns of the direct way.
-                through = file.convert("RGBA") if "transparency" in file.info else file
-                image = through.convert(_MODES[channels])
-            return crop(image, spec.geometry.image_size, spec.preprocessing)
+                return file.convert("RGBA") if "transparency" in file.info else file.copy()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such image") from error
     except UnidentifiedImageError as error:
@@ -54,6 +54,20 @@ def load_image(path: Path, spec: Spec) -> NDArray[np.uint8]:
     # Pillow's decoders raise whatever damaged bytes lead them to: struct.error, zlib.error, IndexError and more.
     except Exception as error:
         raise InputError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def prepare(image: Image.Image, spec: Spec, name: str) -> NDArray[np.uint8]:
+    """A decoded image, resized and cropped: (image_size, image_size, channels).
+
+    Raises InputError, with the image's name, for one too thin to resize and for a supernet of neither 1 nor 3 channels.
+    """
+    channels = spec.geometry.channels
+    if channels not in _MODES:
+        raise InputError(f"{name}: images have 1 or 3 channels, this supernet wants {channels}")
+    try:
+        return crop(image.convert(_MODES[channels]), spec.geometry.image_size, spec.preprocessing)
+    except ValueError as error:
+        raise InputError(f"{name}: cannot be prepared ({error})") from error
 
 
 def crop(image: Image.Image, size: int, preprocessing: Preprocessing) -> NDArray[np.uint8]:

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hydradeploy.data.datasets import BUILT_IN, SUFFIXES, image_files, open_dataset, read_arrays
 from hydradeploy.data.preprocess import load_image
 from hydradeploy.errors import InputError, UsageError
 from hydradeploy.spec import Spec
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -38,37 +37,34 @@ def synthetic(spec: Spec, count: int, seed: int = 0) -> Samples:
     return Samples(np.clip(noisy, 0, 255).astype(np.uint8), f"synthetic, seed {seed}")
 
 
-def read(source: Path, spec: Spec, count: int) -> Samples:
-    """Up to `count` images spread evenly over a folder (searched through) or an .npz file's `images` (n, s, s, c).
+def read(source: str | Path, spec: Spec, count: int) -> Samples:
+    """Up to `count` images spread evenly over a data set, a folder (searched through) or an .npz file's `images`.
 
-    Raises UsageError when `source` is not there, InputError for an empty one and for images that do not fit.
+    Labels are not needed; an .npz file's images are (n, s, s, channels) of the network's size. Raises UsageError when
+    `source` is not there, InputError for an empty one and for images that do not fit.
     """
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    path = Path(source)
+    if source in BUILT_IN:
+        dataset = open_dataset(str(source), "val")
+        return Samples(np.stack([dataset.pixels(i, spec) for i in _spread(len(dataset), count)]), str(source))
+    if path.is_dir():
+        files = image_files(path)
         if not files:
-            raise InputError(f"{source}: no image in it ({', '.join(SUFFIXES)})")
-        images = np.stack([load_image(files[i], spec) for i in _spread(len(files), count)])
-        return Samples(images, source.name)
-    if not source.is_file():
-        raise UsageError(f"{source}: no such file or folder", hint="--data takes a folder of images or an .npz file")
-    images = _images(source, spec)
-    return Samples(images[_spread(len(images), count)], source.name)
+            raise InputError(f"{path}: no image in it ({', '.join(SUFFIXES)})")
+        return Samples(np.stack([load_image(files[i], spec) for i in _spread(len(files), count)]), path.name)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file or folder", hint="--data takes a folder of images or an .npz file")
+    images = _images(path, spec)
+    return Samples(images[_spread(len(images), count)], path.name)
 
 
 def _images(path: Path, spec: Spec) -> NDArray[np.uint8]:
     g = spec.geometry
     expected = f"(n, {g.image_size}, {g.image_size}, {g.channels})"
-    try:
-        # Opened here: np.load leaves a file it cannot read open.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            images = np.asarray(arrays["images"])
-    except KeyError as error:
-        raise InputError(f"{path}: holds no array `images`, expected uint8 {expected}") from error
-    except MemoryError:
-        raise
-    # A damaged archive raises whatever its bytes lead zipfile, zlib and numpy to.
-    except Exception as error:
-        raise InputError(f"{path}: not a readable .npz file ({error})") from error
+    arrays = read_arrays(path)
+    if "images" not in arrays:
+        raise InputError(f"{path}: holds no array `images`, expected uint8 {expected}")
+    images = arrays["images"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (g.image_size, g.image_size, g.channels):
         raise InputError(f"{path}: `images` is {images.dtype} {images.shape}, expected uint8 {expected}")
     if not len(images):

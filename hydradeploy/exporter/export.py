@@ -83,7 +83,7 @@ def export(
     precisions: Sequence[str] = ("fp32",),
     batch: Batch = 1,
     standalone: bool = False,
-    data: Path | None = None,
+    data: str | Path | None = None,
     force: bool = False,
     report: Report = lambda what, done, total: None,
 ) -> Bundle:

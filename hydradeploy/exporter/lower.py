@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from hydradeploy.bundle import StoredTensor
 from hydradeploy.errors import UsageError
@@ -25,19 +25,18 @@ _PROTOBUF_LIMIT = 2**31 - 2**20
 
 def shared(graph: Graph, table: Mapping[str, StoredTensor], location: str) -> bytes:
     """The model whose weights are in the file `location` beside it, at the places the table says."""
-    initialisers: list[TensorProto] = []
-    slices: list[NodeProto] = []
+    model = ModelProto()
     for weight in graph.weights:
         stored = table[weight.name]
         rows = _leading_rows(stored.shape, weight.shape)
         cut = [axis for axis, size in enumerate(weight.shape) if rows[axis] != size]
         name = f"{weight.name}.rows" if cut else weight.name
-        initialisers.append(_external(name, rows, stored, location))
+        model.graph.initializer.append(_external(name, rows, stored, location))
         if cut:
             node, bounds = _slice(weight, name, cut)
-            slices.append(node)
-            initialisers += bounds
-    return _model(graph, slices, initialisers)
+            model.graph.node.append(node)
+            model.graph.initializer.extend(bounds)
+    return _finished(model, graph)
 
 
 def embedded(graph: Graph, tensors: Mapping[str, NDArray[Any]]) -> bytes:
@@ -51,11 +50,13 @@ def embedded(graph: Graph, tensors: Mapping[str, NDArray[Any]]) -> bytes:
             f"a self-contained graph of {size} bytes is beyond ONNX's limit of 2 GiB",
             hint="export without --standalone",
         )
-    initialisers = []
+    model = ModelProto()
     for weight in graph.weights:
         block = tensors[weight.name][tuple(slice(size) for size in weight.shape)]
-        initialisers.append(numpy_helper.from_array(np.ascontiguousarray(block), weight.name))
-    return _model(graph, [], initialisers)
+        # Filled in place: ONNX's helpers would copy hundreds of megabytes three times.
+        tensor = model.graph.initializer.add(name=weight.name, data_type=_TYPES[graph.dtype], dims=weight.shape)
+        tensor.raw_data = np.ascontiguousarray(block).tobytes()
+    return _finished(model, graph)
 
 
 def embedded_tensors(model: bytes) -> dict[str, NDArray[Any]]:
@@ -92,20 +93,18 @@ def _node(node: Node) -> NodeProto:
     return made
 
 
-def _model(graph: Graph, slices: list[NodeProto], initialisers: list[TensorProto]) -> bytes:
-    nodes = [_node(node) for node in graph.nodes]
-    constants = [
-        numpy_helper.from_array(np.array(c.values, np.dtype(c.dtype)).reshape(c.shape), c.name) for c in graph.constants
-    ]
-    batch = "batch" if graph.batch == "dynamic" else graph.batch
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, *graph.image_shape])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, graph.classes])
-    made = helper.make_graph([*slices, *nodes], "hydradeploy", [image], [logits], [*initialisers, *constants])
+def _finished(model: ModelProto, graph: Graph) -> bytes:
+    """Add everything but the weights, and the nodes that cut them, which are there already."""
     # No version of ours in the file: the same weights give the same bytes whoever writes them.
-    model = helper.make_model(
-        made,
-        producer_name="hydradeploy",
-        opset_imports=[helper.make_opsetid("", graph.opset)],
-        ir_version=graph.ir_version,
+    model.producer_name, model.ir_version = "hydradeploy", graph.ir_version
+    model.opset_import.append(helper.make_opsetid("", graph.opset))
+    model.graph.name = "hydradeploy"
+    model.graph.node.extend(_node(node) for node in graph.nodes)
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.array(c.values, np.dtype(c.dtype)).reshape(c.shape), c.name) for c in graph.constants
     )
+    batch = "batch" if graph.batch == "dynamic" else graph.batch
+    image, logits = [batch, *graph.image_shape], [batch, graph.classes]
+    model.graph.input.append(helper.make_tensor_value_info("image", TensorProto.FLOAT, image))
+    model.graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, logits))
     return bytes(model.SerializeToString(deterministic=True))

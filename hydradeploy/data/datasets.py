@@ -1,0 +1,170 @@
+"""Labelled images: scikit-learn's digits, image folders, .npz files.
+
+digits            1,797 scans of handwritten digits, 8 x 8 pixels, grey; in the `train` extra
+FOLDER            one folder per class, below FOLDER/train, FOLDER/val, FOLDER/test or in FOLDER itself
+FILE.npz          images uint8 (n, h, w) or (n, h, w, channels), labels (n,), optional class_names; for several
+                  splits train_images, train_labels and so on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hydradeploy.data.preprocess import open_image, prepare
+from hydradeploy.errors import InputError, MissingError, UsageError
+from hydradeploy.spec import Spec
+
+BUILT_IN = ("digits",)
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# Of 1,797 digits; the test part is a fifth, large enough to tell 96 % from 93 %.
+_DIGITS_SPLITS: Mapping[Split, tuple[int, int]] = {"train": (0, 1257), "val": (1257, 1437), "test": (1437, 1797)}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images with labels 0 .. len(class_names) - 1; `read(i)` gives image i as it is stored."""
+
+    name: str
+    split: Split
+    class_names: tuple[str, ...]
+    labels: NDArray[np.int64]
+    read: Callable[[int], Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, index: int, spec: Spec) -> NDArray[np.uint8]:
+        """Image `index`, resized and cropped as the spec says: (image_size, image_size, channels)."""
+        return prepare(self.read(index), spec, f"{self.name}: image {index}")
+
+    def labels_for(self, spec: Spec) -> NDArray[np.int64]:
+        """The labels as the supernet numbers its classes: by name where both have the same names, else by position.
+
+        Raises InputError where the number of classes differs.
+        """
+        if len(self.class_names) != spec.geometry.classes:
+            raise InputError(
+                f"{self.name} has {len(self.class_names)} classes, the supernet {spec.geometry.classes}",
+                hint="evaluate on the classes it was trained for",
+            )
+        names = spec.class_names
+        if names is None or set(names) != set(self.class_names):
+            return self.labels
+        places = np.array([names.index(name) for name in self.class_names])
+        return np.asarray(places[self.labels])
+
+
+def open_dataset(source: str, split: Split) -> Dataset:
+    """Open one split of a data set.
+
+    A folder or file without splits serves as `test`. Raises UsageError when there is no such thing, InputError when it
+    holds no usable images and labels, MissingError when the package that brings it is not installed.
+    """
+    if source in BUILT_IN:
+        return _digits(split)
+    path = Path(source)
+    if path.is_dir():
+        return _folder(path, split)
+    if path.is_file():
+        return _npz(path, split)
+    raise UsageError(f"{source}: no such data set", hint="digits, a folder with a folder per class, or an .npz file")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files below a folder, in a fixed order."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _digits(split: Split) -> Dataset:
+    if find_spec("sklearn") is None:
+        raise MissingError("digits come with scikit-learn, which is not installed", hint="pip install scikit-learn")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    first, last = _DIGITS_SPLITS[split]
+    order = np.random.default_rng(0).permutation(len(digits.target))[first:last]
+    images = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)
+    labels = np.asarray(digits.target[order], np.int64)
+    return Dataset("digits", split, tuple("0123456789"), labels, lambda i: Image.fromarray(images[i]))
+
+
+def _folder(path: Path, split: Split) -> Dataset:
+    root = _split_folder(path, split)
+    classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise InputError(f"{root}: no class folders in it", hint="one folder of images per class")
+    files, labels = [], []
+    for label, folder in enumerate(classes):
+        found = image_files(folder)
+        if not found:
+            raise InputError(f"{folder}: no image in this class folder ({', '.join(SUFFIXES)})")
+        files += found
+        labels += [label] * len(found)
+    names = tuple(folder.name for folder in classes)
+    return Dataset(path.name, split, names, np.array(labels, np.int64), lambda i: open_image(files[i]))
+
+
+def _split_folder(path: Path, split: Split) -> Path:
+    if (path / split).is_dir():
+        return path / split
+    others = [other for other in SPLITS if (path / other).is_dir()]
+    if split == "test" and "val" in others:  # ImageNet's labelled test images are called so
+        return path / "val"
+    if others or split != "test":
+        raise InputError(f"{path / split}: no such split", hint=f"the folder has {', '.join(others) or 'no splits'}")
+    return path
+
+
+def _npz(path: Path, split: Split) -> Dataset:
+    arrays = read_arrays(path)
+    prefix = f"{split}_" if f"{split}_images" in arrays else ""
+    if not prefix and split != "test":
+        raise InputError(f"{path}: holds no array `{split}_images`", hint=f"it has {', '.join(arrays) or 'nothing'}")
+    images, labels = (_array(path, arrays, prefix + name) for name in ("images", "labels"))
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise InputError(
+            f"{path}: `{prefix}images` is {images.dtype} {images.shape}, expected uint8 (n, h, w[, 1 or 3])"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not len(labels):
+        raise InputError(
+            f"{path}: `{prefix}labels` is {labels.dtype} {labels.shape}, "
+            f"expected integers ({len(images)},), at least one"
+        )
+    names = arrays.get("class_names")
+    class_names = tuple(map(str, range(int(labels.max()) + 1) if names is None else names))
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise InputError(
+            f"{path}: `{prefix}labels` must be 0 to {len(class_names) - 1}, found {labels.min()} to {labels.max()}"
+        )
+    squeezed = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
+    return Dataset(path.name, split, class_names, labels.astype(np.int64), lambda i: Image.fromarray(squeezed[i]))
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of an .npz file, nothing unpickled; raises InputError where it cannot be read."""
+    try:
+        # Opened here: np.load leaves a file it cannot read open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: np.asarray(arrays[name]) for name in arrays.files}
+    except MemoryError:
+        raise
+    # A damaged archive raises whatever its bytes lead zipfile, zlib and numpy to.
+    except Exception as error:
+        raise InputError(f"{path}: not a readable .npz file ({error})") from error
+
+
+def _array(path: Path, arrays: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
+    if name not in arrays:
+        raise InputError(f"{path}: holds no array `{name}`", hint=f"it has {', '.join(arrays) or 'nothing'}")
+    return arrays[name]

@@ -1,0 +1,240 @@
+"""`evaluate`: accuracy with an interval, per image outcomes, and rows that belong to their weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hydradeploy import declare, evaluate, export, open_bundle
+from hydradeploy.bundle import ACCURACY, EVALUATION, read_accuracy, read_outcomes
+from hydradeploy.data.datasets import open_dataset
+from hydradeploy.data.preprocess import normalise
+from hydradeploy.errors import InputError, IntegrityError
+from hydradeploy.stats import wilson
+from hydradeploy.supernet.store import load
+from tests.conftest import Cli, geometry, write_supernet
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> Path:
+    """150 images in ten classes, too many for one chunk."""
+    generator = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("labelled") / "images.npz"
+    np.savez(
+        path,
+        images=generator.integers(0, 256, (150, 40, 36, 3), dtype=np.uint8),
+        labels=np.arange(150) % 10,
+    )
+    return path
+
+
+def test_accuracy_is_that_of_the_torch_subnet_on_the_same_images(bundle, supernet_file, labelled):
+    found = evaluate(bundle, str(labelled))
+    weights, dataset = load(supernet_file), open_dataset(str(labelled), "test")
+    pixels = np.stack([dataset.pixels(i, weights.spec) for i in range(len(dataset))])
+    images = torch.from_numpy(normalise(pixels, weights.spec.preprocessing))
+    outcomes = read_outcomes(open_bundle(bundle))
+    for row in found.rows:
+        if not row.artifact.endswith("fp32"):
+            continue
+        plain = weights.plain(weights.spec.geometry.subnet(int(row.artifact[1:3])))
+        with torch.inference_mode():
+            probabilities = torch.softmax(plain(images), 1).numpy()
+        said = outcomes[row.outcomes]
+        assert np.array_equal(said.prediction, probabilities.argmax(1))
+        np.testing.assert_allclose(said.probability, probabilities.max(1), rtol=1e-3)
+        assert np.array_equal(said.right, said.prediction == dataset.labels)
+        assert (row.correct, row.n) == (said.right.sum(), 150)
+        assert row.top1 == row.correct / 150
+        assert (row.lower, row.upper) == wilson(row.correct, row.n)
+    assert len(found.rows) == 10
+
+
+def test_rows_say_what_they_depend_on(bundle, labelled):
+    opened = open_bundle(bundle)
+    for row in evaluate(bundle, str(labelled)).rows:
+        artifact = opened.artifact(row.artifact)
+        assert row.sha256 == artifact.sha256
+        assert (row.backend, row.compute_type, row.source) == ("onnxruntime", artifact.precision, "measured")
+        assert row.instruction_set
+        assert row.dataset == "images.npz"
+    assert len({row.data_sha256 for row in read_accuracy(opened)}) == 1
+
+
+def test_limit_takes_images_spread_over_the_set(bundle, labelled):
+    rows = evaluate(bundle, str(labelled), limit=15).rows
+    assert {row.n for row in rows} == {15}
+    everything = evaluate(bundle, str(labelled), limit=1000).rows
+    assert {row.n for row in everything} == {150}
+
+
+def test_evaluating_again_replaces_just_its_own_rows(bundle, labelled, tmp_path):
+    first = evaluate(bundle, str(labelled), limit=20).rows
+    other = Path(shutil.copy(labelled, tmp_path / "other.npz"))
+    second = evaluate(bundle, str(other), limit=20).rows
+    assert set(read_accuracy(open_bundle(bundle))) == {*first, *second}
+    third = evaluate(bundle, str(labelled), limit=30).rows
+    assert set(read_accuracy(open_bundle(bundle))) == {*second, *third}
+    outcomes = read_outcomes(open_bundle(bundle))
+    assert {row.outcomes for row in (*second, *third)} == set(outcomes)
+    assert all(len(outcomes[row.outcomes].right) == 30 for row in third)
+
+
+def test_accuracy_stays_with_its_weights_when_artifacts_are_added_and_replaced(tmp_path, labelled):
+    one = write_supernet(tmp_path / "one")
+    export(one, tmp_path / "b", heads=(2,))
+    evaluate(tmp_path / "b", str(labelled), limit=10)
+    export(one, tmp_path / "b", heads=(3,))
+    bundle = open_bundle(tmp_path / "b")
+    (row,) = read_accuracy(bundle)
+    assert row.sha256 == bundle.artifact("h02-fp32").sha256
+    assert read_outcomes(bundle)
+    export(write_supernet(tmp_path / "two", seed=1), tmp_path / "b", heads=(2,), force=True)
+    replaced = open_bundle(tmp_path / "b")
+    assert [row.sha256 == replaced.artifact("h02-fp32").sha256 for row in read_accuracy(replaced)] == [False]
+
+
+def test_folders_are_matched_to_class_names_whatever_their_order(tmp_path):
+    import msgspec
+
+    from hydradeploy.supernet.store import save
+
+    weights = load(write_supernet(tmp_path / "s", geometry(classes=3)))
+    named = msgspec.structs.replace(weights.spec, class_names=("zebra", "ant", "mole"))
+    save(tmp_path / "named", named, weights.tensors)
+    for name in named.class_names:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        pixels = np.random.default_rng(len(name)).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / name / "a.png")
+    labels = open_dataset(str(tmp_path / "photos"), "test").labels_for(named)
+    assert list(labels) == [1, 2, 0]
+
+
+def test_declared_accuracy_is_marked_so_and_stays_apart(bundle, labelled, tmp_path, cli: Cli):
+    measured = evaluate(bundle, str(labelled), limit=10).rows
+    table = tmp_path / "imagenet.csv"
+    table.write_text("artifact,dataset,top1,n\nh02-fp32,imagenet,0.7056,50000\nh03-fp32,imagenet,0.75396,50000\n")
+    ran = cli("evaluate", "--bundle", bundle, "--declared", table)
+    assert ran.code == 0, ran.err
+    assert "declared" in ran.out
+    assert "70.56%" in ran.out
+    rows = read_accuracy(open_bundle(bundle))
+    assert [row.source for row in rows] == ["measured"] * len(measured) + ["declared"] * 2
+    declared = rows[-2]
+    assert (declared.correct, declared.n, declared.backend, declared.outcomes) == (35280, 50000, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("artifact,top1,n\nh02-fp32,0.5,10\n", "no column dataset"),
+        ("artifact,dataset,top1,n\nh99-fp32,d,0.5,10\n", "line 2: no artifact 'h99-fp32'"),
+        ("artifact,dataset,top1,n\nh02-fp32,d,70.5,10\n", "line 2: top1 must be"),
+        ("artifact,dataset,top1,n\nh02-fp32,d,nan,10\n", "line 2: top1 must be"),
+        ("artifact,dataset,top1,n\nh02-fp32,d,0.5,0\n", "line 2: top1 must be"),
+        ("artifact,dataset,top1,n\nh02-fp32,d,0.5,ten\n", "line 2: top1 must be"),
+        ("artifact,dataset,top1,n\nh02-fp32,,0.5,10\n", "line 2: dataset is empty"),
+        ("artifact,dataset,top1,n\nh02-fp32,d\n", "line 2: top1, n is empty"),
+        ("artifact,dataset,top1,n\n", "holds no rows"),
+        ("", "no column artifact, dataset, top1, n"),
+    ],
+)
+def test_a_table_that_makes_no_sense_is_refused_with_its_line(bundle, tmp_path, cli: Cli, text, named):
+    (tmp_path / "t.csv").write_text(text)
+    ran = cli("evaluate", "--bundle", bundle, "--declared", tmp_path / "t.csv")
+    assert ran.code == 11
+    assert f"{tmp_path / 't.csv'}" in ran.err
+    assert named in ran.err
+    assert not (bundle / ACCURACY).exists()
+
+
+def test_the_command_prints_a_table_and_one_json_document(bundle, labelled, cli: Cli):
+    ran = cli("evaluate", "--bundle", bundle, "--data", labelled, "--limit", 20)
+    assert ran.code == 0, ran.err
+    assert "h02-fp32" in ran.out
+    assert "95% interval" in ran.out
+    document = json.loads(cli("evaluate", "--bundle", bundle, "--data", labelled, "--limit", 20, "--json").out)
+    assert len(document["rows"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        ([], 2, "give either --data or --declared"),
+        (["--data", "digits", "--declared", "x.csv"], 2, "give either"),
+        (["--data", "no-such-set"], 2, "no such data set"),
+        (["--declared", "no-such.csv"], 2, "no such file"),
+        (["--data", "digits", "--limit", "0"], 2, "limit"),
+        (["--data", "digits", "--backend", "abacus"], 2, "no backend"),
+    ],
+)
+def test_wrong_options_are_usage_errors(bundle, cli: Cli, options, code, text):
+    ran = cli("evaluate", "--bundle", bundle, *options)
+    assert ran.code == code
+    assert text in ran.err
+    assert "hint:" in ran.err or "no such" in ran.err
+
+
+def test_another_number_of_classes_is_refused_with_both(bundle, tmp_path, cli: Cli):
+    np.savez(tmp_path / "d.npz", images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.arange(4))
+    ran = cli("evaluate", "--bundle", bundle, "--data", tmp_path / "d.npz")
+    assert ran.code == 11
+    assert "d.npz has 4 classes, the supernet 10" in ran.err
+
+
+def test_an_image_that_cannot_be_read_stops_the_evaluation_by_name(bundle, tmp_path, cli: Cli):
+    for label in "abcdefghij":
+        (tmp_path / "set" / label).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "set" / label / "a.png")
+    (tmp_path / "set" / "d" / "b.png").write_bytes(b"no image")
+    ran = cli("evaluate", "--bundle", bundle, "--data", tmp_path / "set")
+    assert ran.code == 11
+    assert str(tmp_path / "set" / "d" / "b.png") in ran.err
+    assert not (bundle / ACCURACY).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"schema": 1}', b'{"schema": 9, "rows": []}'])
+def test_a_damaged_accuracy_file_is_named(bundle, labelled, cli: Cli, content):
+    (bundle / ACCURACY).write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"accuracy\.json"):
+        read_accuracy(open_bundle(bundle))
+    ran = cli("evaluate", "--bundle", bundle, "--data", labelled, "--limit", 5)
+    assert ran.code == 10
+    assert str(bundle / ACCURACY) in ran.err
+    assert (bundle / ACCURACY).read_bytes() == content
+
+
+def test_outcomes_of_another_evaluation_are_refused_and_written_anew(bundle, labelled):
+    evaluate(bundle, str(labelled), limit=5)
+    (bundle / EVALUATION).write_bytes((bundle / EVALUATION).read_bytes()[:-30])
+    with pytest.raises(IntegrityError, match=r"evaluation\.npz"):
+        read_outcomes(open_bundle(bundle))
+    evaluate(bundle, str(labelled), limit=5)
+    assert len(read_outcomes(open_bundle(bundle))) == 10
+
+
+def test_a_bundle_with_accuracy_still_verifies_and_packs(bundle, labelled, tmp_path, cli: Cli):
+    evaluate(bundle, str(labelled), limit=5)
+    assert cli("verify", "--bundle", bundle).code == 0
+    assert cli("pack", "h02-fp32", "--out", tmp_path / "p", "--bundle", bundle).code == 0
+
+
+def test_declaring_the_same_twice_keeps_one_row(bundle, tmp_path):
+    (tmp_path / "t.csv").write_text("artifact,dataset,top1,n\nh02-fp32,imagenet,0.7,100\n")
+    declare(bundle, tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("artifact,dataset,top1,n\nh02-fp32,imagenet,0.8,100\n")
+    declare(bundle, tmp_path / "t.csv")
+    assert [row.top1 for row in read_accuracy(open_bundle(bundle))] == [0.8]
+
+
+def test_a_data_set_without_a_test_split_names_those_it_has(tmp_path):
+    (tmp_path / "set" / "train" / "a").mkdir(parents=True)
+    with pytest.raises(InputError, match="no such split") as refused:
+        open_dataset(str(tmp_path / "set"), "test")
+    assert "train" in str(refused.value.hint)
