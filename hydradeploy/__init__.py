@@ -17,8 +17,20 @@ if TYPE_CHECKING:
     from hydradeploy.runtime.predict import run
     from hydradeploy.runtime.verify import verify
     from hydradeploy.supernet.importer import import_checkpoint
+    from hydradeploy.training.train import train
 
-__all__ = ["HydraError", "declare", "evaluate", "export", "import_checkpoint", "open_bundle", "pack", "run", "verify"]
+__all__ = [
+    "HydraError",
+    "declare",
+    "evaluate",
+    "export",
+    "import_checkpoint",
+    "open_bundle",
+    "pack",
+    "run",
+    "train",
+    "verify",
+]
 
 _MODULES = {
     "HydraError": "hydradeploy.errors",
@@ -29,6 +41,7 @@ _MODULES = {
     "open_bundle": "hydradeploy.bundle",
     "pack": "hydradeploy.exporter.pack",
     "run": "hydradeploy.runtime.predict",
+    "train": "hydradeploy.training.train",
     "verify": "hydradeploy.runtime.verify",
 }
 

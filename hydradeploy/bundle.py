@@ -16,12 +16,13 @@ History of the manifest's schema: 1, the first.
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -225,6 +226,20 @@ class Bundle:
             raise IntegrityError(f"{self.path / MANIFEST}: artifact {artifact.name} has no graph in dialect {dialect}")
         return inside(self.path, artifact.graphs[dialect])
 
+    def extents(self, artifact: Artifact) -> tuple[Extent, ...]:
+        """The parts of the weights file that the artifact's graphs read; none where they carry their own weights."""
+        if artifact.weights is None:
+            return ()
+        path, table = inside(self.path, artifact.weights), self.manifest.weights[artifact.weights]
+        parts = []
+        for name, shape in stored_shapes(self.subnet(artifact)).items():
+            if name not in table:
+                raise IntegrityError(f"{self.path / MANIFEST}: the table of {artifact.weights} has no tensor {name}")
+            stored = table[name]
+            size = math.prod(leading_rows(stored.shape, shape)) * np.dtype(stored.dtype).itemsize
+            parts.append(Extent(path, stored.offset, size))
+        return tuple(parts)
+
     def golden(self) -> Golden:
         """The golden samples; raises IntegrityError where they cannot be read."""
         path = inside(self.path, GOLDEN)
@@ -234,6 +249,34 @@ class Bundle:
                 return Golden(arrays["images"], logits)
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise IntegrityError(f"{path}: cannot be read ({error})") from error
+
+
+class Extent(NamedTuple):
+    """A contiguous part of a file."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+def stored_shapes(subnet: Subnet) -> dict[str, tuple[int, ...]]:
+    """The stored names and the shapes of the blocks a subnet reads, in forward order.
+
+    q, k and v are apart, and matrices are [in, out].
+    """
+    stored: dict[str, tuple[int, ...]] = {}
+    for name, shape in subnet.shapes.items():
+        if ".attn.qkv." in name:
+            stored |= {name.replace("qkv", part): (shape[0] // 3, *shape[1:])[::-1] for part in "qkv"}
+        else:
+            stored[name] = shape[::-1] if len(shape) == 2 else shape
+    return stored
+
+
+def leading_rows(stored: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the smallest contiguous leading part of a row-major tensor that holds the wanted block."""
+    axis = next((axis for axis, size in enumerate(stored) if size > 1), 0)
+    return (*stored[:axis], wanted[axis], *stored[axis + 1 :])
 
 
 def open_bundle(path: Path, check: Check = "stamp") -> Bundle:

@@ -6,10 +6,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, cast
 
 import msgspec
 import typer
@@ -18,6 +18,11 @@ from hydradeploy.bundle import Batch, Check
 from hydradeploy.errors import EXIT_CODES, EnvironmentFailed, ExitCode, HydraError, InputError, UsageError
 from hydradeploy.spec import Interpolation, Spec, parse_heads, show_heads
 from hydradeploy.units import show_bytes, show_count, show_percent
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 _HEARTBEAT_S = 5.0
 
@@ -57,6 +62,71 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None: ...
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str, typer.Option(help="digits, a folder with train/CLASS and val/CLASS folders, or an .npz file.")
+    ],
+    out: Annotated[Path, typer.Option(help="The supernet file to write.")] = Path("supernet.safetensors"),
+    epochs: Annotated[int | None, typer.Option(help="Default: what suits the data.", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.", min=1)] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides every random draw.", min=0)] = 0,
+    sample_weights: Annotated[
+        str | None, typer.Option(help="Percentages, one per trained head count: 20,10,... Default: uniform.")
+    ] = None,
+    trained_heads: Annotated[str | None, typer.Option(help="Head counts to train: 3-12.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Channels of a head.", min=1)] = None,
+    depth: Annotated[int | None, typer.Option(help="Blocks.", min=1)] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels.", min=1)] = None,
+    patch_size: Annotated[int | None, typer.Option(help="Pixels.", min=1)] = None,
+    init_from: Annotated[Path | None, typer.Option(help="A supernet file of fewer heads to start from.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train a supernet at small scale.
+
+    The paper's method: one random head count per step. Ctrl-C leaves a usable supernet; --resume goes on exactly.
+    """
+    heads = None if trained_heads is None else parse_heads(trained_heads)
+    weights = None if sample_weights is None else tuple(round(value) for value in _floats(sample_weights))
+    with _extra("train"):
+        from hydradeploy.training.recipe import preset_for
+        from hydradeploy.training.train import train as call
+    preset = preset_for(data)
+    shape: dict[str, object] = {
+        "head_dim": head_dim,
+        "depth": depth,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
+    if heads is not None:
+        shape |= {"trained_heads": heads, "heads": heads[-1]}
+    numbers = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "sample_weights": weights, "seed": seed}
+    try:
+        preset = msgspec.structs.replace(
+            preset, geometry=_changed(preset.geometry, shape), recipe=_changed(preset.recipe, numbers)
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    with _progress() as report:
+        trained = call(
+            data, out, preset, init_from=init_from, resume=resume, force=force, report=report, say=report.say
+        )
+    top1 = {f"h{count:02d}": share for count, share in trained.top1.items()}
+    if as_json:
+        _print_json({"out": str(out), "spec": trained.spec, "top1": top1, "seconds": trained.seconds})
+    else:
+        shown = ", ".join(f"{name} {show_percent(share)}" for name, share in top1.items())
+        print(f"{out}: {_describe(trained.spec)}; top-1 on held-out images {shown}")
+
+
+def _changed(record: _Struct, changes: Mapping[str, object]) -> _Struct:
+    """A struct with those fields replaced that are given."""
+    return msgspec.structs.replace(record, **{name: value for name, value in changes.items() if value is not None})
 
 
 @app.command("import")
@@ -373,25 +443,40 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+class _Reporter(Protocol):
+    """Progress of one command: how far it is, and lines to keep."""
+
+    def __call__(self, what: str, done: int, total: int) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress() -> Iterator[_Reporter]:
     """Progress on stderr: a bar with time left on a terminal, else a line per step and a heartbeat."""
     if not sys.stderr.isatty():
         yield _Heartbeat()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        tasks: dict[str, TaskID] = {}
+        yield _Bars(progress)
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total or None)
-            progress.update(tasks[what], completed=done)
 
-        yield report
+class _Bars:
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total or None)
+        self._progress.update(self._tasks[what], completed=done)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
 
 
 class _Heartbeat:
@@ -403,6 +488,10 @@ class _Heartbeat:
         if what != self._what or now - self._last >= _HEARTBEAT_S:
             _say(f"{what} {done}/{total}" if total else what)
             self._what, self._last = what, now
+
+    def say(self, text: str) -> None:
+        _say(text)
+        self._last = time.monotonic()
 
 
 @contextmanager

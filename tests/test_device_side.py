@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hydradeploy import export, pack
@@ -54,12 +56,35 @@ def test_verify_and_run_need_neither_torch_nor_onnx(on_device, image):
     assert len(json.loads(ran.stdout)["images"][0]["top"]) == 5
 
 
-@pytest.mark.parametrize("command", [["export"], ["import", "x.pth"], ["pack", "h02-fp32", "--out", "x"]])
-def test_workstation_commands_say_what_to_install(command):
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "labelled.npz", images=images, labels=np.arange(20) % 10)
+    return tmp_path / "labelled.npz"
+
+
+def test_evaluate_needs_neither_torch_nor_onnx(on_device, labelled, tmp_path):
+    copy = shutil.copytree(on_device, tmp_path / "copy")
+    ran = without_torch("evaluate", "--bundle", copy, "--data", labelled, "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert all(row["n"] == 20 for row in json.loads(ran.stdout)["rows"])
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (["export"], "export"),
+        (["import", "x.pth"], "export"),
+        (["pack", "h02-fp32", "--out", "x"], "export"),
+        (["train", "--data", "digits"], "train"),
+    ],
+)
+def test_workstation_commands_say_what_to_install(command, extra):
     ran = without_torch(*command)
     assert ran.returncode == 8
     assert "is not installed; this command belongs on a workstation" in ran.stderr
-    assert "hint: pip install 'hydradeploy[export]'" in ran.stderr
+    assert f"hint: pip install 'hydradeploy[{extra}]'" in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
@@ -90,7 +115,7 @@ def oldest(wheel, tmp_path_factory) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(site)}
 
 
-def test_verify_and_run_work_from_the_wheel_on_python_3_10(on_device, oldest, image):
+def test_verify_evaluate_and_run_work_from_the_wheel_on_python_3_10(on_device, oldest, image, labelled, tmp_path):
     def device(*arguments: object) -> str:
         command = [str(OLDEST), "-W", "error", "-m", "hydradeploy", *map(str, arguments)]
         ran = subprocess.run(command, capture_output=True, text=True, env=oldest, cwd=image.parent)
@@ -100,6 +125,8 @@ def test_verify_and_run_work_from_the_wheel_on_python_3_10(on_device, oldest, im
     verified = json.loads(device("verify", "--bundle", on_device, "--json"))
     assert all(output["max_difference"] <= output["tolerance"] for output in verified["outputs"])
     assert verified["outputs"]
+    copy = shutil.copytree(on_device, tmp_path / "copy")
+    assert json.loads(device("evaluate", "--bundle", copy, "--data", labelled, "--json"))["rows"]
     assert device("run", image.name, "--bundle", on_device).startswith(image.name)
 
 

@@ -82,11 +82,23 @@ def test_the_version_is_told_once_and_the_changelog_knows_what_is_next():
 def test_the_formats_page_names_every_field_on_disk():
     import msgspec
 
-    from hydradeploy.bundle import Artifact, FileRecord, Manifest, Parity, StoredTensor
+    from hydradeploy.bundle import AccuracyFile, AccuracyRow, Artifact, FileRecord, Manifest, Parity, StoredTensor
     from hydradeploy.spec import Geometry, Preprocessing, Spec
 
     text = (ROOT / "docs" / "formats.md").read_text()
-    for struct in (Artifact, FileRecord, Geometry, Manifest, Parity, Preprocessing, Spec, StoredTensor):
+    structs = (
+        AccuracyFile,
+        AccuracyRow,
+        Artifact,
+        FileRecord,
+        Geometry,
+        Manifest,
+        Parity,
+        Preprocessing,
+        Spec,
+        StoredTensor,
+    )
+    for struct in structs:
         for field in msgspec.structs.fields(struct):
             named = re.search(rf"`(?:\w+\.)*{field.name}(?:`|\[)", text)
             assert named, f"{struct.__name__}.{field.name} is not in docs/formats.md"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -12,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.bundle import Artifact, Batch, Bundle, Dialect
+from hydradeploy.bundle import Artifact, Batch, Bundle, Dialect, Extent
 from hydradeploy.errors import InputError, MissingError, UsageError
 from hydradeploy.spec import Geometry
 
@@ -21,13 +24,17 @@ BACKEND_MODULES = {"onnxruntime": "hydradeploy.backends.onnxruntime"}
 
 @dataclass(frozen=True)
 class Model:
-    """A graph on disk and what it takes and gives: (batch, *image_shape) float32 in, (batch, classes) float32 out."""
+    """A graph on disk and what it takes and gives: (batch, *image_shape) float32 in, (batch, classes) float32 out.
+
+    `extents` are the parts of a shared weights file that it reads, for `read_ahead`.
+    """
 
     name: str
     graph: Path
     batch: Batch
     image_shape: tuple[int, int, int]
     classes: int
+    extents: tuple[Extent, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,12 +106,25 @@ def backend(name: str | None = None) -> Backend:
 def model_of(bundle: Bundle, artifact: Artifact, dialect: Dialect) -> Model:
     """The artifact as a backend wants it."""
     graph = bundle.graph(artifact, dialect)
-    return model(artifact.name, graph, artifact.batch, bundle.spec.geometry)
+    opened = model(artifact.name, graph, artifact.batch, bundle.spec.geometry)
+    return replace(opened, extents=bundle.extents(artifact))
 
 
 def model(name: str, graph: Path, batch: Batch, geometry: Geometry) -> Model:
     """A graph file of a supernet of this geometry."""
     return Model(name, graph, batch, (geometry.channels, geometry.image_size, geometry.image_size), geometry.classes)
+
+
+def read_ahead(model: Model) -> None:
+    """Ask the kernel to read what the model will read, in one go.
+
+    Runtimes map the weights file and touch it page by page; from a cold cache each touch waits for the disk.
+    """
+    for path, parts in groupby(model.extents, key=lambda extent: extent.path):
+        # A hint: where it cannot be given, opening only takes longer.
+        with suppress(OSError), path.open("rb") as file:
+            for _, offset, length in parts:
+                os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
 
 def check_input(model: Model, images: NDArray[np.float32]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.backends import Model, Options, check_input
+from hydradeploy.backends import Model, Options, check_input, read_ahead
 from hydradeploy.bundle import Dialect
 from hydradeploy.errors import MissingError
 
@@ -31,6 +31,7 @@ class _Session:
             "provider": "CPUExecutionProvider",
             "threads": "default" if options.threads is None else str(options.threads),
         }
+        read_ahead(model)
         try:
             self._session: Any = onnxruntime.InferenceSession(
                 str(model.graph), settings, providers=["CPUExecutionProvider"]

@@ -31,6 +31,7 @@ from hydradeploy.bundle import (
     golden_bytes,
     open_bundle,
     read_manifest,
+    stored_shapes,
     write_file,
 )
 from hydradeploy.data import samples
@@ -45,7 +46,6 @@ from hydradeploy.exporter.weights import (
     HeadDigests,
     convert,
     layout,
-    stored_shapes,
     stored_tensors,
     write_weights,
 )

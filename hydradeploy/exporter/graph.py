@@ -10,9 +10,8 @@ import math
 
 import msgspec
 
-from hydradeploy.bundle import Batch, Dialect
+from hydradeploy.bundle import Batch, Dialect, stored_shapes
 from hydradeploy.exporter.precision import Precision
-from hydradeploy.exporter.weights import stored_shapes
 from hydradeploy.files import sha256_bytes
 from hydradeploy.spec import Record, Subnet
 

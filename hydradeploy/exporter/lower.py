@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from hydradeploy.bundle import StoredTensor
+from hydradeploy.bundle import StoredTensor, leading_rows
 from hydradeploy.errors import UsageError
 from hydradeploy.exporter.graph import Graph, Node, Weight
 
@@ -28,7 +28,7 @@ def shared(graph: Graph, table: Mapping[str, StoredTensor], location: str) -> by
     model = ModelProto()
     for weight in graph.weights:
         stored = table[weight.name]
-        rows = _leading_rows(stored.shape, weight.shape)
+        rows = leading_rows(stored.shape, weight.shape)
         cut = [axis for axis, size in enumerate(weight.shape) if rows[axis] != size]
         name = f"{weight.name}.rows" if cut else weight.name
         model.graph.initializer.append(_external(name, rows, stored, location))
@@ -62,12 +62,6 @@ def embedded(graph: Graph, tensors: Mapping[str, NDArray[Any]]) -> bytes:
 def embedded_tensors(model: bytes) -> dict[str, NDArray[Any]]:
     """The initialisers of a self-contained model by name."""
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load_from_string(model).graph.initializer}
-
-
-def _leading_rows(stored: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
-    """The smallest contiguous leading part of a row-major tensor that holds the wanted block."""
-    axis = next((axis for axis, size in enumerate(stored) if size > 1), 0)
-    return (*stored[:axis], wanted[axis], *stored[axis + 1 :]) if stored else stored
 
 
 def _external(name: str, shape: tuple[int, ...], stored: StoredTensor, location: str) -> TensorProto:

@@ -20,13 +20,14 @@ from hydradeploy.bundle import (
     StoredTensor,
     golden_bytes,
     open_bundle,
+    stored_shapes,
     write_file,
 )
 from hydradeploy.errors import UsageError
 from hydradeploy.exporter import graph as graphs
 from hydradeploy.exporter import lower
 from hydradeploy.exporter.precision import precision
-from hydradeploy.exporter.weights import Array, layout, map_weights, stored_shapes, write_weights
+from hydradeploy.exporter.weights import Array, layout, map_weights, write_weights
 from hydradeploy.files import locked, sha256_bytes, staged
 
 _UNKNOWN = FileRecord(sha256="0" * 64, size_bytes=0)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.bundle import FileRecord, StoredTensor
+from hydradeploy.bundle import FileRecord, StoredTensor, stored_shapes
 from hydradeploy.errors import InputError
 from hydradeploy.exporter.precision import Precision
 from hydradeploy.spec import Geometry, Subnet, three
@@ -23,17 +23,6 @@ from hydradeploy.spec import Geometry, Subnet, three
 Array = NDArray[Any]
 
 PAGE = 4096
-
-
-def stored_shapes(subnet: Subnet) -> dict[str, tuple[int, ...]]:
-    """The stored names and the shapes of the blocks a subnet reads, in forward order."""
-    stored: dict[str, tuple[int, ...]] = {}
-    for name, shape in subnet.shapes.items():
-        if ".attn.qkv." in name:
-            stored |= {name.replace("qkv", part): (shape[0] // 3, *shape[1:])[::-1] for part in "qkv"}
-        else:
-            stored[name] = shape[::-1] if len(shape) == 2 else shape
-    return stored
 
 
 def stored_tensors(tensors: Mapping[str, Array], geometry: Geometry) -> dict[str, Array]:

@@ -54,6 +54,16 @@ def test_initialisers_point_into_one_weights_file_within_its_bounds_and_on_pages
             assert int(entry["offset"]) + int(entry["length"]) <= size
 
 
+def test_the_extents_to_read_ahead_are_just_those_the_graphs_point_to(shared_bundle):
+    bundle = open_bundle(shared_bundle)
+    for artifact in bundle.manifest.artifacts:
+        for graph in artifact.graphs.values():
+            model = onnx.load(str(shared_bundle / graph), load_external_data=False)
+            external = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data]
+            pointed = {(e["location"], int(e["offset"]), int(e["length"])) for e in external}
+            assert {(e.path.name, e.offset, e.length) for e in bundle.extents(artifact)} == pointed
+
+
 def test_a_smaller_subnet_reads_fewer_bytes(shared_bundle):
     read = []
     for k in range(2, 7):

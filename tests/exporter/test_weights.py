@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hydradeploy.bundle import stored_shapes
 from hydradeploy.errors import InputError
 from hydradeploy.exporter.precision import PRECISIONS
 from hydradeploy.exporter.weights import (
@@ -14,7 +15,6 @@ from hydradeploy.exporter.weights import (
     convert,
     layout,
     map_weights,
-    stored_shapes,
     stored_tensors,
     write_weights,
 )

@@ -1,0 +1,1 @@
+"""The trainer and its recipes. Everything here needs torch."""

@@ -1,0 +1,92 @@
+"""A training run on disk, so that it can go on exactly: tensors as safetensors, the rest as JSON in the header."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from safetensors.numpy import save as to_safetensors
+from torch import Tensor
+
+from hydradeploy.errors import IntegrityError, UsageError, environment
+from hydradeploy.files import write_atomically
+from hydradeploy.spec import Record, Spec, decode
+from hydradeploy.supernet.store import read_safetensors
+from hydradeploy.training.recipe import Recipe
+
+_HEADER = "hydradeploy.training"
+
+
+class Progress(Record, frozen=True, kw_only=True):
+    """Which run this is and how far it is: `step` is the next one to take."""
+
+    schema: int = 1
+    spec: Spec
+    recipe: Recipe
+    data_sha256: str
+    step: int
+
+
+@dataclass(frozen=True)
+class State:
+    """A run's progress and its tensors: weights, their moving average, AdamW's moments."""
+
+    progress: Progress
+    tensors: dict[str, Tensor]
+
+
+def path_of(out: Path) -> Path:
+    """Where the state of the run that writes the supernet `out` lies."""
+    return out.with_name(f"{out.name}.training")
+
+
+def save(out: Path, state: State) -> None:
+    """Write the state beside the supernet, whole or not at all; raises EnvironmentFailed when the disk fails."""
+    header = msgspec.json.encode(state.progress).decode()
+    arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in state.tensors.items()}
+    with environment(f"writing {path_of(out)}"):
+        path_of(out).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path_of(out), to_safetensors(arrays, metadata={_HEADER: header}))
+
+
+def load(out: Path) -> State:
+    """The state of the run that writes `out`; raises UsageError where there is none, IntegrityError where damaged."""
+    path = path_of(out)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file, so there is nothing to resume", hint="start without --resume")
+    tensors, metadata = read_safetensors(path)
+    if _HEADER not in metadata:
+        raise IntegrityError(f"{path}: the header holds no training progress")
+    progress = decode(metadata[_HEADER].encode(), Progress, f"{path}, header entry {_HEADER!r}")
+    return State(progress, {name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def check_same(found: Progress, asked: Progress, path: Path) -> None:
+    """Raise UsageError that names what differs, where a run is to go on as another one."""
+    differing = [
+        f"{field} ({_short(getattr(found, part), field)}, not {_short(getattr(asked, part), field)})"
+        for part in ("spec", "recipe")
+        for field in _fields(getattr(found, part))
+        if _value(getattr(found, part), field) != _value(getattr(asked, part), field)
+    ]
+    if found.data_sha256 != asked.data_sha256:
+        differing.append("the training images")
+    if differing:
+        raise UsageError(
+            f"{path}: belongs to another run, which differs in {', '.join(differing)}",
+            hint="resume with the options it was started with, or start without --resume",
+        )
+
+
+def _fields(record: Record) -> list[str]:
+    return [field.name for field in msgspec.structs.fields(record)]
+
+
+def _value(record: Record, field: str) -> object:
+    return getattr(record, field)
+
+
+def _short(record: Record, field: str) -> str:
+    text = str(_value(record, field))
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,172 @@
+"""Data sets: what is in them, their splits, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hydradeploy.data import datasets
+from hydradeploy.data.datasets import SPLITS, open_dataset
+from hydradeploy.data.preprocess import load_image
+from hydradeploy.errors import InputError, MissingError, UsageError
+from tests.conftest import geometry, require, spec
+
+
+def picture(path, seed=0, size=(40, 50)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+
+
+def archive(path, **arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def test_digits_are_all_of_scikit_learns_in_three_parts_without_overlap():
+    require("sklearn")
+    from sklearn.datasets import load_digits
+
+    parts = {split: open_dataset("digits", split) for split in SPLITS}
+    assert sum(len(part) for part in parts.values()) == 1797
+    assert len(parts["test"]) == 360
+    seen = sorted(
+        (int(part.labels[i]), np.asarray(part.read(i)).tobytes()) for part in parts.values() for i in range(len(part))
+    )
+    digits = load_digits()
+    raw = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    assert seen == sorted((int(label), image.tobytes()) for label, image in zip(digits.target, raw, strict=True))
+    assert all(set(part.labels) == set(range(10)) for part in parts.values())
+
+
+def test_digits_are_the_same_every_time_and_use_the_whole_range():
+    require("sklearn")
+    one, two = open_dataset("digits", "val"), open_dataset("digits", "val")
+    assert np.array_equal(one.labels, two.labels)
+    pixels = np.stack([np.asarray(one.read(i)) for i in range(len(one))])
+    assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
+    monkeypatch.setattr(datasets, "find_spec", lambda _: None)
+    with pytest.raises(MissingError, match="scikit-learn") as refused:
+        open_dataset("digits", "test")
+    assert "pip install" in str(refused.value.hint)
+
+
+def test_a_folder_gives_its_files_in_order_as_load_image_reads_them(tmp_path):
+    for i, name in enumerate(["b/2.png", "a/1.jpg", "a/deep/0.png", "b/1.webp"]):
+        picture(tmp_path / name, i)
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    (tmp_path / ".cache").mkdir()
+    found = open_dataset(str(tmp_path), "test")
+    assert found.class_names == ("a", "b")
+    assert list(found.labels) == [0, 0, 1, 1]
+    files = ["a/1.jpg", "a/deep/0.png", "b/1.webp", "b/2.png"]
+    for i, name in enumerate(files):
+        assert np.array_equal(found.pixels(i, spec()), load_image(tmp_path / name, spec()))
+
+
+def test_a_folder_with_splits_gives_each_its_own_and_val_serves_as_test(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        for i in range(count):
+            picture(tmp_path / split / "a" / f"{i}.png", i)
+    assert [len(open_dataset(str(tmp_path), split)) for split in SPLITS] == [3, 2, 2]
+    picture(tmp_path / "test" / "a" / "0.png")
+    assert len(open_dataset(str(tmp_path), "test")) == 1
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_folder_without_splits_is_no_training_set(tmp_path, split):
+    picture(tmp_path / "a" / "0.png")
+    with pytest.raises(InputError, match="no such split"):
+        open_dataset(str(tmp_path), split)
+
+
+def test_an_empty_class_folder_is_refused_by_name(tmp_path):
+    picture(tmp_path / "a" / "0.png")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "readme.txt").write_text("nothing here")
+    with pytest.raises(InputError, match="no image in this class folder") as refused:
+        open_dataset(str(tmp_path), "test")
+    assert str(tmp_path / "b") in refused.value.message
+
+
+def test_a_folder_without_class_folders_is_refused(tmp_path):
+    picture(tmp_path / "0.png")
+    with pytest.raises(InputError, match="no class folders"):
+        open_dataset(str(tmp_path), "test")
+
+
+@pytest.mark.parametrize("shape", [(6, 9, 7), (6, 9, 7, 1), (6, 9, 7, 3)])
+def test_an_npz_file_gives_its_images_grey_or_colour(tmp_path, shape):
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    found = open_dataset(archive(tmp_path / "d.npz", images=images, labels=np.array([0, 1, 2, 0, 1, 2])), "test")
+    assert found.class_names == ("0", "1", "2")
+    assert np.array_equal(np.asarray(found.read(4)).reshape(9, 7, -1), images[4].reshape(9, 7, -1))
+    assert found.pixels(0, spec(geometry(channels=1))).shape == (32, 32, 1)
+    assert found.pixels(0, spec()).shape == (32, 32, 3)
+
+
+def test_an_npz_file_with_splits_and_names(tmp_path):
+    arrays = {}
+    for split, count in (("train", 4), ("val", 3), ("test", 2)):
+        arrays[f"{split}_images"] = np.zeros((count, 8, 8), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % 2
+    path = archive(tmp_path / "d.npz", class_names=np.array(["cat", "dog"]), **arrays)
+    assert [len(open_dataset(path, split)) for split in SPLITS] == [4, 3, 2]
+    assert open_dataset(path, "val").class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        ({"labels": np.arange(3)}, "no array `images`"),
+        ({"images": np.zeros((3, 8, 8), np.uint8)}, "no array `labels`"),
+        ({"images": np.zeros((3, 8, 8)), "labels": np.arange(3)}, "float64"),
+        ({"images": np.zeros((3, 8, 8, 4), np.uint8), "labels": np.arange(3)}, r"\(3, 8, 8, 4\)"),
+        ({"images": np.zeros((3, 64), np.uint8), "labels": np.arange(3)}, r"\(3, 64\)"),
+        ({"images": np.zeros((3, 8, 8), np.uint8), "labels": np.arange(4)}, r"expected integers \(3,\)"),
+        ({"images": np.zeros((3, 8, 8), np.uint8), "labels": np.zeros(3)}, "float64"),
+        ({"images": np.zeros((0, 8, 8), np.uint8), "labels": np.zeros(0, int)}, "at least one"),
+        ({"images": np.zeros((3, 8, 8), np.uint8), "labels": np.arange(3) - 1}, "found -1 to 1"),
+        (
+            {"images": np.zeros((3, 8, 8), np.uint8), "labels": np.arange(3), "class_names": np.array(["a", "b"])},
+            "must be 0 to 1, found 0 to 2",
+        ),
+    ],
+)
+def test_arrays_that_are_no_data_set_are_refused_by_name(tmp_path, arrays, named):
+    path = archive(tmp_path / "d.npz", **arrays)
+    with pytest.raises(InputError, match=named) as refused:
+        open_dataset(path, "test")
+    assert path in refused.value.message
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x93NUMPY"])
+def test_a_file_that_is_no_archive_is_refused_by_name(tmp_path, content):
+    (tmp_path / "d.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"d\.npz: not a readable"):
+        open_dataset(str(tmp_path / "d.npz"), "test")
+
+
+def test_a_source_that_is_not_there_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="no such data set") as refused:
+        open_dataset(str(tmp_path / "none"), "test")
+    assert "digits" in str(refused.value.hint)
+
+
+def test_labels_go_by_name_where_both_sides_have_the_same_names_else_by_position(tmp_path):
+    import msgspec
+
+    images, labels = np.zeros((3, 8, 8), np.uint8), np.array([0, 1, 2])
+    path = archive(tmp_path / "d.npz", images=images, labels=labels, class_names=np.array(["ant", "bee", "cow"]))
+    found, three = open_dataset(path, "test"), spec(geometry(classes=3))
+    for names, expected in [
+        (None, [0, 1, 2]),
+        (("cow", "ant", "bee"), [1, 2, 0]),
+        (("n01", "n02", "n03"), [0, 1, 2]),
+    ]:
+        assert list(found.labels_for(msgspec.structs.replace(three, class_names=names))) == expected
+    with pytest.raises(InputError, match="3 classes, the supernet 10"):
+        found.labels_for(spec())

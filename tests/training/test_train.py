@@ -1,0 +1,254 @@
+"""Training: it learns, the seed decides everything, a stopped run goes on exactly, and bad input is named."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from hydradeploy import evaluate, export, train
+from hydradeploy.errors import IntegrityError, UsageError
+from hydradeploy.spec import Geometry
+from hydradeploy.supernet.store import load
+from hydradeploy.training.recipe import DIGITS, Preset, Recipe
+from tests.conftest import Cli, geometry, require, write_supernet
+
+SHAPE = geometry(
+    image_size=8,
+    patch_size=4,
+    channels=1,
+    head_dim=8,
+    heads=3,
+    trained_heads=(1, 2, 3),
+    depth=1,
+    mlp_ratio=2.0,
+)
+
+
+def preset(shape: Geometry = SHAPE, **recipe: object) -> Preset:
+    changes = {"epochs": 2, "batch_size": 16, "warmup_epochs": 0} | recipe
+    return msgspec.structs.replace(DIGITS, geometry=shape, recipe=Recipe(**changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def blobs(tmp_path_factory) -> str:
+    """Ten classes of noisy patterns: 160 images to train on, 40 held out, 40 to test."""
+    generator = np.random.default_rng(0)
+    patterns = generator.integers(0, 256, (10, 8, 8))
+    arrays = {}
+    for split, count in (("train", 160), ("val", 40), ("test", 40)):
+        labels = np.arange(count) % 10
+        noisy = patterns[labels] + generator.normal(0, 20, (count, 8, 8))
+        arrays |= {f"{split}_images": np.clip(noisy, 0, 255).astype(np.uint8), f"{split}_labels": labels}
+    path = tmp_path_factory.mktemp("blobs") / "blobs.npz"
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def test_every_subnet_learns(blobs, tmp_path):
+    trained = train(blobs, tmp_path / "s", preset(epochs=40, learning_rate=3e-3))
+    assert set(trained.top1) == {1, 2, 3}
+    assert min(trained.top1.values()) > 0.8
+    weights = load(tmp_path / "s")
+    assert weights.spec.class_names == tuple("0123456789")
+    assert weights.spec.geometry == SHAPE
+
+
+def test_the_seed_decides_every_bit(blobs, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(blobs, tmp_path / name, preset(seed=seed, shift=0.2))
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize("stop", [1, 7, 10, 13, 20])
+def test_a_stopped_run_that_goes_on_is_the_run_that_was_not_stopped(blobs, tmp_path, stop):
+    recipe = preset(shift=0.2)
+    train(blobs, tmp_path / "whole", recipe)
+
+    def interrupting(what: str, done: int, total: int) -> None:
+        if what == "training" and done == stop:
+            signal.raise_signal(signal.SIGINT)
+
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(blobs, tmp_path / "s", recipe, report=interrupting, say=said.append)
+    assert "--resume" in said[-1]
+    usable = load(tmp_path / "s").model()
+    assert usable(torch.zeros(1, 1, 8, 8), heads=2).shape == (1, 10)
+    train(blobs, tmp_path / "s", recipe, resume=True)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("s")] == ["s"]
+
+
+def test_a_run_killed_between_epochs_goes_on_from_the_last_one(blobs, tmp_path):
+    recipe = preset(epochs=3)
+    train(blobs, tmp_path / "whole", recipe)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(what: str, done: int, total: int) -> None:
+        if done == 25:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(blobs, tmp_path / "s", recipe, report=kill)
+    assert not (tmp_path / "s").exists()
+    train(blobs, tmp_path / "s", recipe, resume=True)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def interrupted(data: str, out: Path, recipe: Preset) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(data, out, recipe, report=stop)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (preset(seed=3), "seed (0, not 3)"),
+        (preset(epochs=5), "epochs (2, not 5)"),
+        (preset(msgspec.structs.replace(SHAPE, depth=2)), "geometry"),
+    ],
+)
+def test_resuming_as_another_run_names_what_differs(blobs, tmp_path, other, named):
+    interrupted(blobs, tmp_path / "s", preset())
+    with pytest.raises(UsageError) as refused:
+        train(blobs, tmp_path / "s", other, resume=True)
+    assert named in refused.value.message
+
+
+def test_resuming_with_other_images_is_refused(blobs, tmp_path):
+    interrupted(blobs, tmp_path / "s", preset())
+    with np.load(blobs) as arrays:
+        changed = dict(arrays)
+    changed["train_images"] = changed["train_images"][::-1]
+    np.savez(tmp_path / "other.npz", **changed)
+    with pytest.raises(UsageError, match="the training images"):
+        train(str(tmp_path / "other.npz"), tmp_path / "s", preset(), resume=True)
+
+
+def test_resuming_without_a_state_or_with_a_damaged_one_is_refused(blobs, tmp_path):
+    with pytest.raises(UsageError, match="nothing to resume"):
+        train(blobs, tmp_path / "s", preset(), resume=True)
+    interrupted(blobs, tmp_path / "s", preset())
+    state = tmp_path / "s.training"
+    state.write_bytes(state.read_bytes()[:500])
+    with pytest.raises(IntegrityError, match=r"s\.training"):
+        train(blobs, tmp_path / "s", preset(), resume=True)
+
+
+def test_heads_of_weight_zero_are_never_drawn(blobs, tmp_path):
+    """Slices of heads that are never drawn see no gradient: their biases keep the zeros they began with."""
+    train(blobs, tmp_path / "s", preset(sample_weights=(100, 0, 0)))
+    tensors = load(tmp_path / "s").tensors
+    assert tensors["blocks.0.attn.proj.bias"][:8].abs().min() > 0
+    assert tensors["blocks.0.attn.proj.bias"][8:].abs().max() == 0
+    train(blobs, tmp_path / "t", preset(sample_weights=(0, 50, 50)))
+    tensors = load(tmp_path / "t").tensors
+    assert tensors["blocks.0.attn.proj.bias"].abs().min() > 0
+
+
+def test_a_smaller_supernet_to_start_from_is_kept_exactly_by_its_own_heads(blobs, tmp_path):
+    small = geometry(**(msgspec.structs.asdict(SHAPE) | {"heads": 2, "trained_heads": (1, 2)}))
+    write_supernet(tmp_path / "small", small)
+    still = preset(epochs=1, learning_rate=1e-30, final_rate=0.0, weight_decay=0.0)
+    train(blobs, tmp_path / "s", still, init_from=tmp_path / "small")
+    images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    grown, before = load(tmp_path / "s").model(), load(tmp_path / "small").model()
+    for heads in (1, 2):
+        assert torch.equal(grown(images, heads), before(images, heads))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_what_was_saved(blobs, tmp_path, cli: Cli):
+    options = ("--data", blobs, "--out", tmp_path / "s", "--image-size", 8, "--patch-size", 4, "--batch-size", 16)
+    ran = cli("train", *options, "--epochs", 2, "--lr", 1e30)
+    assert ran.code == 11
+    assert "the loss is nan at step" in ran.err
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_rate_warms_up_and_ends_low():
+    recipe = Recipe(epochs=40, learning_rate=1e-3, warmup_epochs=5)
+    rates = [recipe.rate(step, 10) for step in range(400)]
+    assert rates[0] == pytest.approx(1e-6)
+    assert max(rates) == rates[50] == pytest.approx(1e-3)
+    assert rates[25] == pytest.approx((1e-6 + 1e-3) / 2)
+    assert rates[225] == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rates[-1] == pytest.approx(1e-5, rel=0.02)
+    assert rates[:51] == sorted(rates[:51])
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        (["--data", "no-such-set"], 2, "no such data set"),
+        (["--sample-weights", "50,50"], 2, "2 sample weights for 10 head counts"),
+        (["--sample-weights", "10,10,10,10,10,10,10,10,10,9"], 2, "sum to 99"),
+        (["--batch-size", "1000"], 11, "too few for a batch of 1000"),
+        (["--lr", "0"], 2, "learning_rate must be above 0"),
+        (["--lr", "nan"], 2, "learning_rate must be above 0"),
+        (["--patch-size", "3"], 2, "image_size 32 is not a multiple of patch_size 3"),
+        (["--init-from", "none.safetensors"], 2, "no such file"),
+        (["--resume"], 2, "nothing to resume"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(blobs, tmp_path, cli: Cli, options, code, text):
+    data = [] if "--data" in options else ["--data", blobs]
+    ran = cli("train", *data, "--out", tmp_path / "s", *options)
+    assert ran.code == code, ran.err
+    assert text in ran.err
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_existing_supernet_is_not_trained_over(blobs, tmp_path, cli: Cli):
+    (tmp_path / "s").write_bytes(b"precious")
+    ran = cli("train", "--data", blobs, "--out", tmp_path / "s")
+    assert ran.code == 2
+    assert "--resume" in ran.err
+    assert (tmp_path / "s").read_bytes() == b"precious"
+
+
+def test_splits_with_other_classes_are_refused(tmp_path, cli: Cli):
+    arrays = {}
+    for split, classes in (("train", 4), ("val", 3)):
+        arrays |= {f"{split}_images": np.zeros((80, 8, 8), np.uint8), f"{split}_labels": np.arange(80) % classes}
+    np.savez(tmp_path / "d.npz", **arrays)
+    ran = cli("train", "--data", tmp_path / "d.npz", "--out", tmp_path / "s")
+    assert ran.code == 11
+    assert "the splits have different classes (3)" in ran.err
+
+
+def test_the_command_tells_loss_accuracy_and_time_left(blobs, tmp_path, cli: Cli):
+    shape = ("--image-size", 8, "--patch-size", 4, "--head-dim", 8, "--trained-heads", "1-3", "--depth", 1)
+    options = ("--data", blobs, "--out", tmp_path / "s", *shape, "--epochs", 2, "--batch-size", 16)
+    ran = cli("train", *options)
+    assert ran.code == 0, ran.err
+    assert "epoch 2/2: loss " in ran.err
+    assert "top-1 h01 " in ran.err
+    assert "s left" in ran.err
+    assert "top-1 on held-out images h01 " in ran.out
+    document = json.loads(cli("train", *options, "--force", "--json").out)
+    assert set(document["top1"]) == {"h01", "h02", "h03"}
+
+
+@pytest.mark.slow
+def test_digits_reach_96_percent_and_the_smallest_subnet_is_clearly_worse(tmp_path):
+    require("sklearn")
+    train("digits", tmp_path / "s", DIGITS)
+    export(tmp_path / "s", tmp_path / "b", data="digits")
+    top1 = {row.artifact: row.top1 for row in evaluate(tmp_path / "b", "digits").rows}
+    assert top1["h12-fp32"] >= 0.96
+    assert top1["h03-fp32"] < top1["h12-fp32"] - 0.02
