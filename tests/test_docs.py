@@ -6,6 +6,7 @@ import argparse
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import geometry, supernet
+from tests.conftest import geometry, require, supernet
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -31,7 +32,7 @@ def commands(page: Path) -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """A directory with what the README's reader has: an official checkpoint and a photo. Small, but of ViT's shape."""
+    """A directory with what the README's reader has: an official checkpoint, a photo, labelled images. All small."""
     shape = geometry(
         image_size=224, patch_size=32, head_dim=64, heads=12, trained_heads=tuple(range(3, 13)), depth=1, mlp_ratio=0.5
     )
@@ -40,16 +41,24 @@ def workplace(tmp_path, monkeypatch) -> Path:
     torch.save(checkpoint, tmp_path / "model_best.pth.tar")
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    for label in range(10):
+        folder = tmp_path / "imagenet" / "val" / f"n{label}"
+        folder.mkdir(parents=True)
+        shutil.copy(tmp_path / "photo.jpg", folder / "a.JPEG")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_the_readme_runs_from_top_to_bottom(workplace, capsys):
+    """As it stands, but for two epochs of training instead of all."""
+    require("sklearn")
     found = commands(ROOT / "README.md")
-    assert len(found) >= 7
+    assert len(found) >= 9
     for command in found:
         words = shlex.split(command, comments=True)
         assert words[0] == "hydradeploy"
+        if words[1] == "train":
+            words += ["--epochs", "2"]
         ran = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
         assert ran.returncode == 0, f"{command}\n{ran.stderr}"
     snippets = blocks(ROOT / "README.md", "python")

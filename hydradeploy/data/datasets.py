@@ -81,6 +81,12 @@ def open_dataset(source: str, split: Split) -> Dataset:
     raise UsageError(f"{source}: no such data set", hint="digits, a folder with a folder per class, or an .npz file")
 
 
+def spread(total: int, count: int) -> NDArray[np.int64]:
+    """`count` indices evenly over `total`, all of them at most: a set sorted by class gives many classes."""
+    count = min(total, count)
+    return np.arange(count, dtype=np.int64) * total // count
+
+
 def image_files(folder: Path) -> list[Path]:
     """The image files below a folder, in a fixed order."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hydradeploy.data.datasets import BUILT_IN, SUFFIXES, image_files, open_dataset, read_arrays
+from hydradeploy.data.datasets import BUILT_IN, SUFFIXES, image_files, open_dataset, read_arrays, spread
 from hydradeploy.data.preprocess import load_image
 from hydradeploy.errors import InputError, UsageError
 from hydradeploy.spec import Spec
@@ -46,16 +46,16 @@ def read(source: str | Path, spec: Spec, count: int) -> Samples:
     path = Path(source)
     if source in BUILT_IN:
         dataset = open_dataset(str(source), "val")
-        return Samples(np.stack([dataset.pixels(i, spec) for i in _spread(len(dataset), count)]), str(source))
+        return Samples(np.stack([dataset.pixels(int(i), spec) for i in spread(len(dataset), count)]), str(source))
     if path.is_dir():
         files = image_files(path)
         if not files:
             raise InputError(f"{path}: no image in it ({', '.join(SUFFIXES)})")
-        return Samples(np.stack([load_image(files[i], spec) for i in _spread(len(files), count)]), path.name)
+        return Samples(np.stack([load_image(files[i], spec) for i in spread(len(files), count)]), path.name)
     if not path.is_file():
         raise UsageError(f"{path}: no such file or folder", hint="--data takes a folder of images or an .npz file")
     images = _images(path, spec)
-    return Samples(images[_spread(len(images), count)], path.name)
+    return Samples(images[spread(len(images), count)], path.name)
 
 
 def _images(path: Path, spec: Spec) -> NDArray[np.uint8]:
@@ -70,9 +70,3 @@ def _images(path: Path, spec: Spec) -> NDArray[np.uint8]:
     if not len(images):
         raise InputError(f"{path}: `images` is empty")
     return images
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """`count` indices evenly over `total`, so that a folder sorted by class gives many classes."""
-    count = min(total, count)
-    return [i * total // count for i in range(count)]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hydradeploy.backends import Backend, Options, backend, model_of, run_all
 from hydradeploy.bundle import AccuracyRow, Artifact, Bundle, Outcomes, open_bundle, write_accuracy
-from hydradeploy.data.datasets import Dataset, open_dataset
+from hydradeploy.data.datasets import Dataset, open_dataset, spread
 from hydradeploy.data.preprocess import normalise
 from hydradeploy.devices.cpu import instruction_set
 from hydradeploy.errors import InputError, UsageError
@@ -56,7 +56,7 @@ def evaluate(
     runner = backend(backend_name)
     opened = open_bundle(bundle)
     dataset = open_dataset(data, "test")
-    chosen = np.arange(len(dataset)) if limit is None else _spread(len(dataset), limit)
+    chosen = np.arange(len(dataset)) if limit is None else spread(len(dataset), limit)
     labels = dataset.labels_for(opened.spec)[chosen]
     outcomes, digest = _outcomes(opened, runner, dataset, chosen, labels, report)
     rows = {_measured(opened.artifact(name), runner, dataset, digest, found): found for name, found in outcomes.items()}
@@ -192,9 +192,3 @@ def _lines(table: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
         raise UsageError(f"{table}: no such file") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{table}: cannot be read ({error})") from error
-
-
-def _spread(total: int, count: int) -> NDArray[np.int64]:
-    """`count` indices evenly over `total`, so that a set sorted by class gives all classes."""
-    count = min(total, count)
-    return np.arange(count, dtype=np.int64) * total // count
