@@ -39,7 +39,7 @@ test: setup
 	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: setup
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist loadfile
 
 bench: setup
 	$(BIN)/python benchmarks/export.py

@@ -553,3 +553,14 @@ def test_an_export_adds_to_the_bundle_that_a_killed_one_had_moved_aside(supernet
     export(supernet_file, tmp_path / "b", heads=(3,))
     assert names(tmp_path / "b") == ["h02-fp32", "h03-fp32"]
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("heads", [2, 13])
+def test_the_papers_supernet_has_neither_2_nor_13_heads(tmp_path, cli: Cli, heads):
+    shape = geometry(head_dim=2, heads=12, trained_heads=tuple(range(3, 13)), depth=1)
+    file = write_supernet(tmp_path / "s.safetensors", shape)
+    ran = cli("export", "--supernet", file, "--bundle", tmp_path / "b", "--heads", heads)
+    assert ran.code == 2
+    assert f"error: {heads} heads were not trained" in ran.err
+    assert "hint: this supernet has 3-12" in ran.err
+    assert not (tmp_path / "b").exists()
