@@ -83,10 +83,13 @@ def supernet(shape: Geometry | None = None, seed: int = 0) -> Supernet:
     """A supernet whose every tensor is random, norms and biases too, so that a mix-up of any shows."""
     generator = torch.Generator().manual_seed(seed)
     model = Supernet(shape or geometry()).initialise(generator).eval()
+    # Wide layers add up more terms; with weights as large as the small ones' they would amplify rounding from block to
+    # block until no two runtimes agree.
+    spread = min(0.2, 2 / (model.geometry.head_dim * model.geometry.heads) ** 0.5)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            tensor.copy_(centre + 0.2 * torch.randn(tensor.shape, generator=generator))
+            tensor.copy_(centre + spread * torch.randn(tensor.shape, generator=generator))
     return model
 
 
