@@ -55,6 +55,12 @@ def agreement(reference: NDArray[np.float32], logits: NDArray[np.float32], toler
     )
 
 
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Probabilities along the last axis."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(-1, keepdims=True))
+
+
 def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided interval for a proportion (Wilson 1927): honest near 0 and 1 and for few samples.
 

@@ -22,7 +22,7 @@ from hydradeploy.data.datasets import Dataset, open_dataset, spread
 from hydradeploy.data.preprocess import normalise
 from hydradeploy.devices.cpu import instruction_set
 from hydradeploy.errors import InputError, UsageError
-from hydradeploy.stats import wilson
+from hydradeploy.stats import softmax, wilson
 
 _CHUNK = 32
 
@@ -108,8 +108,7 @@ def _outcomes(
 
 def _judge(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Outcomes:
     prediction = logits.argmax(1)
-    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    probability = shifted.max(1) / shifted.sum(1)
+    probability = softmax(logits).max(1)
     return Outcomes(prediction.astype(np.int32), probability.astype(np.float32), prediction == labels)
 
 

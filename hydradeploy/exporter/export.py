@@ -50,7 +50,7 @@ from hydradeploy.exporter.weights import (
     write_weights,
 )
 from hydradeploy.files import locked, sha256_file, staged
-from hydradeploy.spec import Geometry
+from hydradeploy.spec import Geometry, leading
 from hydradeploy.supernet.store import Weights, load
 
 SAMPLES = 8
@@ -196,12 +196,14 @@ class _Export:
             self._content[job] = digests.content(job.heads, self._digests[job].encode(), preprocessing)
 
     def _write_graphs(self, stage: Path, job: Job) -> None:
+        blocks: dict[str, Array] = {}
+        if job.standalone:
+            blocks = {
+                name: convert(name, leading(self._stored[name], name, shape), job.precision)
+                for name, shape in stored_shapes(self._geometry.subnet(job.heads)).items()
+            }
         for dialect, graph in zip(graphs.DIALECTS, self._graphs[job], strict=True):
             if job.standalone:
-                blocks = {
-                    weight.name: convert(weight.name, _block(self._stored[weight.name], weight.shape), job.precision)
-                    for weight in graph.weights
-                }
                 data = lower.embedded(graph, blocks)
             else:
                 file = f"supernet-{job.precision.name}.weights"
@@ -261,10 +263,6 @@ class _Export:
 def _graphs(job: Job, geometry: Geometry) -> tuple[graphs.Graph, ...]:
     subnet = geometry.subnet(job.heads)
     return tuple(graphs.write(subnet, job.precision, dialect, job.batch) for dialect in graphs.DIALECTS)
-
-
-def _block(tensor: Array, shape: tuple[int, ...]) -> Array:
-    return tensor[tuple(slice(size) for size in shape)]
 
 
 def _existing(path: Path, supernet_sha256: str, *, force: bool) -> Bundle | None:

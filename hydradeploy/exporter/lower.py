@@ -40,7 +40,7 @@ def shared(graph: Graph, table: Mapping[str, StoredTensor], location: str) -> by
 
 
 def embedded(graph: Graph, tensors: Mapping[str, NDArray[Any]]) -> bytes:
-    """The self-contained model; `tensors` are stored ones in the graph's type, at least as large as it reads.
+    """The self-contained model; `tensors` are the blocks it reads, in its type.
 
     Raises UsageError for a model beyond protobuf's 2 GiB.
     """
@@ -52,10 +52,9 @@ def embedded(graph: Graph, tensors: Mapping[str, NDArray[Any]]) -> bytes:
         )
     model = ModelProto()
     for weight in graph.weights:
-        block = tensors[weight.name][tuple(slice(size) for size in weight.shape)]
         # Filled in place: ONNX's helpers would copy hundreds of megabytes three times.
         tensor = model.graph.initializer.add(name=weight.name, data_type=_TYPES[graph.dtype], dims=weight.shape)
-        tensor.raw_data = np.ascontiguousarray(block).tobytes()
+        tensor.raw_data = tensors[weight.name].tobytes()
     return _finished(model, graph)
 
 

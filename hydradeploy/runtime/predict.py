@@ -14,6 +14,7 @@ from hydradeploy.bundle import Artifact, Bundle, Check, open_bundle
 from hydradeploy.data.preprocess import load_image, normalise
 from hydradeploy.errors import InputError, UsageError
 from hydradeploy.spec import Record
+from hydradeploy.stats import softmax
 
 
 class Guess(Record, frozen=True, kw_only=True):
@@ -95,8 +96,7 @@ def _load(path: Path, bundle: Bundle) -> NDArray[np.uint8] | str:
 
 
 def _top(logits: NDArray[np.float32], count: int, names: tuple[str, ...] | None) -> tuple[Guess, ...]:
-    shifted = np.exp(logits.astype(np.float64) - logits.max())
-    probabilities = shifted / shifted.sum()
+    probabilities = softmax(logits)
     order = np.argsort(-logits, kind="stable")[:count]
     return tuple(
         Guess(index=int(i), name=names[i] if names is not None else None, probability=float(probabilities[i]))

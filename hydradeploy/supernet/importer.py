@@ -28,7 +28,7 @@ from hydradeploy.spec import (
     Spec,
     show_heads,
 )
-from hydradeploy.supernet.store import HEADER, check, read_safetensors, save
+from hydradeploy.supernet.store import HEADER, read_safetensors, save
 
 # The official training script stores the averaged weights under the first name, and those are to be deployed;
 # DeiT's own files use "model".
@@ -84,8 +84,7 @@ def import_checkpoint(
         spec = Spec(geometry=geometry, preprocessing=preprocessing, class_names=names)
     except ValueError as error:
         raise InputError(f"{checkpoint}: {error}") from error
-    check(tensors, geometry, str(checkpoint))
-    save(out, spec, tensors)
+    save(out, spec, tensors, source=checkpoint)
     assumptions = []
     if heads is None:
         assumptions.append(

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -122,14 +124,13 @@ class Supernet(nn.Module):
 
     def subnet(self, heads: int) -> Supernet:
         """A plain ViT of its own with a copy of the leading weights, in evaluation mode, for a trained head count."""
-        return cut(self, self.geometry.subnet(heads))
+        return plain_vit(self.state_dict(), self.geometry.subnet(heads))
 
 
-def cut(model: Supernet, subnet: Subnet) -> Supernet:
-    """The plain ViT that `subnet` is: the leading block of every tensor, copied."""
+def plain_vit(state: Mapping[str, Tensor], subnet: Subnet) -> Supernet:
+    """The plain ViT that `subnet` is, in evaluation mode: the leading block of every tensor of a supernet, copied."""
     with torch.device("meta"):
-        plain = Supernet(model.geometry.alone(subnet.heads))
-    state = model.state_dict()
+        plain = Supernet(subnet.geometry.alone(subnet.heads))
     pieces = {name: leading(state[name], name, shape).clone() for name, shape in subnet.shapes.items()}
     plain.load_state_dict(pieces, assign=True)
     return plain.eval()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hydradeploy.errors import InputError, IntegrityError, UsageError, environment
 from hydradeploy.files import write_atomically
-from hydradeploy.spec import Geometry, Record, Spec, Subnet, decode, leading, three
-from hydradeploy.supernet.model import Supernet
+from hydradeploy.spec import Geometry, Record, Spec, Subnet, decode, three
+from hydradeploy.supernet.model import Supernet, plain_vit
 
 HEADER = "hydradeploy"
 
@@ -43,19 +43,15 @@ class Weights:
 
     def plain(self, subnet: Subnet) -> Supernet:
         """The plain ViT of one subnet, in evaluation mode, without building the supernet."""
-        with torch.device("meta"):
-            model = Supernet(self.spec.geometry.alone(subnet.heads))
-        pieces = {name: leading(self.tensors[name], name, shape) for name, shape in subnet.shapes.items()}
-        model.load_state_dict({name: piece.clone() for name, piece in pieces.items()}, assign=True)
-        return model.eval()
+        return plain_vit(self.tensors, subnet)
 
 
-def save(path: Path, spec: Spec, tensors: Mapping[str, Tensor]) -> None:
-    """Write a supernet file, whole or not at all.
+def save(path: Path, spec: Spec, tensors: Mapping[str, Tensor], *, source: Path | None = None) -> None:
+    """Write a supernet file, whole or not at all; refusals name `source`, where the tensors come from another file.
 
     Raises InputError for tensors that do not fit the spec or are not finite, EnvironmentFailed when the disk fails.
     """
-    check(tensors, spec.geometry, str(path))
+    check(tensors, spec.geometry, str(source or path))
     arrays = {
         name: tensors[name].detach().to("cpu", torch.float32).contiguous().numpy() for name in spec.geometry.shapes()
     }

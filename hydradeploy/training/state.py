@@ -65,10 +65,10 @@ def load(out: Path) -> State:
 def check_same(found: Progress, asked: Progress, path: Path) -> None:
     """Raise UsageError that names what differs, where a run is to go on as another one."""
     differing = [
-        f"{field} ({_short(getattr(found, part), field)}, not {_short(getattr(asked, part), field)})"
-        for part in ("spec", "recipe")
-        for field in _fields(getattr(found, part))
-        if _value(getattr(found, part), field) != _value(getattr(asked, part), field)
+        f"{field} ({_short(before)}, not {_short(now)})"
+        for one, other in ((found.spec, asked.spec), (found.recipe, asked.recipe))
+        for field, before in msgspec.structs.asdict(one).items()
+        if before != (now := getattr(other, field))
     ]
     if found.data_sha256 != asked.data_sha256:
         differing.append("the training images")
@@ -79,14 +79,6 @@ def check_same(found: Progress, asked: Progress, path: Path) -> None:
         )
 
 
-def _fields(record: Record) -> list[str]:
-    return [field.name for field in msgspec.structs.fields(record)]
-
-
-def _value(record: Record, field: str) -> object:
-    return getattr(record, field)
-
-
-def _short(record: Record, field: str) -> str:
-    text = str(_value(record, field))
+def _short(value: object) -> str:
+    text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
