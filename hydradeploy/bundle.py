@@ -7,7 +7,7 @@
       h03-fp32.trt.onnx ...    the same for TensorRT
       golden.npz               sample images and the logits each artifact must reproduce
       accuracy.json            top-1 per artifact, backend and data set, measured or declared
-      evaluation.npz           what each artifact said of each image, for paired comparisons
+      evaluation.npz           what each artifact said of each image, and how sure it was
       .stamp.json              sizes, times, inodes and hashes of the last full verification
 
 History of the manifest's schema: 1, the first.
@@ -22,15 +22,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from hydradeploy.errors import IntegrityError, UsageError, environment
 from hydradeploy.files import inside, locked, moved_aside, sha256_bytes, sha256_file, write_atomically
 from hydradeploy.spec import Record, Spec, Subnet, decode
+
+if TYPE_CHECKING:  # picking reads bundles too, and starts twice as fast without numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -42,6 +44,9 @@ STAMP = ".stamp.json"
 Dialect = Literal["ort", "trt"]
 Batch = int | Literal["dynamic"]
 Check = Literal["stamp", "always", "manifest"]
+
+
+ITEM_BYTES = {"float32": 4, "float16": 2}
 
 
 class FileRecord(Record, frozen=True, kw_only=True):
@@ -132,8 +137,9 @@ class AccuracyRow(Record, frozen=True, kw_only=True):
     """How often an artifact was right. `sha256` is the artifact's: accuracy of other weights is no accuracy of these.
 
     `backend`, `compute_type` and `instruction_set` are what rounding depends on; they and `data_sha256` are None where
-    the figure is declared, not measured. `lower` and `upper` are a 95 % Wilson interval. `outcomes` names the row's
-    arrays in evaluation.npz.
+    the figure is declared, not measured. `lower` and `upper` are a 95 % Wilson interval. `right` has a bit per image,
+    the first image the highest bit of the first byte: whether it was right. `outcomes` names the row's arrays in
+    evaluation.npz.
     """
 
     artifact: str
@@ -149,7 +155,16 @@ class AccuracyRow(Record, frozen=True, kw_only=True):
     lower: float
     upper: float
     source: Literal["measured", "declared"]
+    right: bytes | None
     outcomes: str | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.correct <= self.n or self.n < 1:
+            raise ValueError(f"{self.correct} of {self.n} cannot be right")
+        if self.right is not None and (
+            len(self.right) != (self.n + 7) // 8 or int.from_bytes(self.right, "big").bit_count() != self.correct
+        ):
+            raise ValueError(f"`right` does not say of {self.n} images that {self.correct} are")
 
     def replaces(self, other: AccuracyRow) -> bool:
         """Whether both are the same measurement, taken again."""
@@ -236,12 +251,14 @@ class Bundle:
             if name not in table:
                 raise IntegrityError(f"{self.path / MANIFEST}: the table of {artifact.weights} has no tensor {name}")
             stored = table[name]
-            size = math.prod(leading_rows(stored.shape, shape)) * np.dtype(stored.dtype).itemsize
+            size = math.prod(leading_rows(stored.shape, shape)) * ITEM_BYTES[stored.dtype]
             parts.append(Extent(path, stored.offset, size))
         return tuple(parts)
 
     def golden(self) -> Golden:
         """The golden samples; raises IntegrityError where they cannot be read."""
+        import numpy as np
+
         path = inside(self.path, GOLDEN)
         try:
             with np.load(path, allow_pickle=False) as arrays:
@@ -330,24 +347,32 @@ def read_outcomes(bundle: Bundle) -> dict[str, Outcomes]:
 
     Raises IntegrityError where evaluation.npz is damaged or not the one accuracy.json was written with.
     """
-    expected = _accuracy(bundle).evaluation_sha256
+    import numpy as np
+
+    found = _accuracy(bundle)
     path = inside(bundle.path, EVALUATION)
-    if expected is None:
+    if found.evaluation_sha256 is None:
         return {}
+    outcomes = {}
     try:
         data = path.read_bytes()
-        if sha256_bytes(data) != expected:
+        if sha256_bytes(data) != found.evaluation_sha256:
             raise IntegrityError(f"{path}: is not the one {ACCURACY} belongs to", hint="evaluate again")
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            names = sorted({name.rpartition(".")[0] for name in arrays.files})
-            parts = {name: [arrays[f"{name}.{part}"] for part in _OUTCOME_PARTS] for name in names}
-            return {name: Outcomes(*found) for name, found in parts.items()}
+            for row in found.rows:
+                if row.outcomes is not None and row.right is not None:
+                    right = np.unpackbits(np.frombuffer(row.right, np.uint8), count=row.n).astype(bool)
+                    prediction, probability = (arrays[f"{row.outcomes}.{part}"] for part in _OUTCOME_PARTS)
+                    outcomes[row.outcomes] = Outcomes(prediction, probability, right)
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise IntegrityError(f"{path}: cannot be read ({error})", hint="evaluate again") from error
+    return outcomes
 
 
 def write_accuracy(bundle: Bundle, fresh: Mapping[AccuracyRow, Outcomes | None]) -> None:
     """Add rows; those they replace go, all others stay. Raises EnvironmentFailed when the disk fails."""
+    import numpy as np
+
     with locked(bundle.path, lambda _: None):
         before = _accuracy(bundle).rows
         kept = [row for row in before if not any(new.replaces(row) for new in fresh)]
@@ -371,7 +396,7 @@ def write_accuracy(bundle: Bundle, fresh: Mapping[AccuracyRow, Outcomes | None])
             write_atomically(bundle.path / ACCURACY, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
 
 
-_OUTCOME_PARTS = ("prediction", "probability", "right")
+_OUTCOME_PARTS = ("prediction", "probability")
 
 
 def _accuracy(bundle: Bundle) -> AccuracyFile:
@@ -386,6 +411,8 @@ def _accuracy(bundle: Bundle) -> AccuracyFile:
 
 def golden_bytes(golden: Golden) -> bytes:
     """The golden file. Not compressed: the bytes then depend on the content alone."""
+    import numpy as np
+
     buffer = io.BytesIO()
     logits = {f"logits.{name}": golden.logits[name] for name in sorted(golden.logits)}
     np.savez(buffer, images=golden.images, **logits)  # type: ignore[arg-type]  # the stubs take ** for allow_pickle

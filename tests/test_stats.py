@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from hydradeploy.stats import agreement, wilson
+from hydradeploy.stats.logits import agreement
+from hydradeploy.stats.proportions import wilson
 
 # Whole numbers and tolerances that are powers of two: every sum and product is exact, in fp32 too.
 LOGITS = st.tuples(st.integers(1, 5), st.integers(1, 6)).flatmap(

@@ -22,7 +22,8 @@ from hydradeploy.data.datasets import Dataset, open_dataset, spread
 from hydradeploy.data.preprocess import normalise
 from hydradeploy.devices.cpu import instruction_set
 from hydradeploy.errors import InputError, UsageError
-from hydradeploy.stats import softmax, wilson
+from hydradeploy.stats.logits import softmax
+from hydradeploy.stats.proportions import wilson
 
 _CHUNK = 32
 
@@ -138,6 +139,7 @@ def _measured(artifact: Artifact, runner: Backend, dataset: Dataset, digest: str
         lower=lower,
         upper=upper,
         source="measured",
+        right=np.packbits(found.right).tobytes(),
         outcomes="/".join((artifact.sha256[:16], runner.name, artifact.precision, where, dataset.name)),
     )
 
@@ -170,6 +172,7 @@ def _declared(bundle: Bundle, table: Path) -> Iterator[AccuracyRow]:
             lower=lower,
             upper=upper,
             source="declared",
+            right=None,
             outcomes=None,
         )
 

@@ -13,7 +13,7 @@ from hydradeploy.bundle import Batch, Dialect, Parity
 from hydradeploy.errors import ParityError
 from hydradeploy.exporter.precision import Precision
 from hydradeploy.spec import Subnet
-from hydradeploy.stats import Agreement, agreement
+from hydradeploy.stats.logits import Agreement, agreement
 from hydradeploy.supernet.store import Weights
 
 Logits = NDArray[np.float32]

@@ -14,7 +14,7 @@ from hydradeploy.bundle import Artifact, Bundle, Check, open_bundle
 from hydradeploy.data.preprocess import load_image, normalise
 from hydradeploy.errors import InputError, UsageError
 from hydradeploy.spec import Record
-from hydradeploy.stats import softmax
+from hydradeploy.stats.logits import softmax
 
 
 class Guess(Record, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from hydradeploy.bundle import MANIFEST, Bundle, open_bundle
 from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import IntegrityError, MissingError, ParityError
 from hydradeploy.spec import Record
-from hydradeploy.stats import agreement
+from hydradeploy.stats.logits import agreement
 
 
 class Reproduced(Record, frozen=True, kw_only=True):

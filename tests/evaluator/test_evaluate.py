@@ -16,7 +16,7 @@ from hydradeploy.bundle import ACCURACY, EVALUATION, read_accuracy, read_outcome
 from hydradeploy.data.datasets import open_dataset
 from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import InputError, IntegrityError
-from hydradeploy.stats import wilson
+from hydradeploy.stats.proportions import wilson
 from hydradeploy.supernet.store import load
 from tests.conftest import Cli, geometry, write_supernet
 

@@ -1,10 +1,8 @@
-"""Statistics: logits against the logits they should be, intervals for proportions."""
+"""Logits: compared with the logits they should be, and as probabilities."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,20 +57,3 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """Probabilities along the last axis."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(-1, keepdims=True))
-
-
-def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Two-sided interval for a proportion (Wilson 1927): honest near 0 and 1 and for few samples.
-
-    Raises ValueError unless 0 <= correct <= total, total > 0 and 0 < confidence < 1.
-    """
-    if not (0 <= correct <= total and total > 0 and 0 < confidence < 1):
-        raise ValueError(f"no interval for {correct} of {total} at confidence {confidence}")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, weight = correct / total, z * z / total
-    centre = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
-    # At the ends the exact bounds are 0 and 1; rounding must not leave the share outside its own interval.
-    low = 0.0 if correct == 0 else max(0.0, centre - half)
-    high = 1.0 if correct == total else min(1.0, centre + half)
-    return low, high

@@ -1,0 +1,1 @@
+"""Statistics. Only `logits` needs numpy, so that picking starts without it."""

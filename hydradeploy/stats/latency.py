@@ -1,0 +1,237 @@
+"""Bounds for a percentile of latencies that are neither independent nor from one process.
+
+Samples of one process follow each other: what slows one call often slows the next, so n of them are worth fewer
+(`effective`). Processes differ: where memory landed, what else ran. Each is one draw from all the processes that could
+have been, so a bound for the next one must allow for their spread. The model is a level per process, log-normal
+between processes, times a residual of any distribution; where processes do not differ it is the distribution-free
+bound of `stats.order` at the effective sample size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter, mul
+from statistics import NormalDist, fmean, median
+
+from hydradeploy.stats.order import allowed_misses, lower_rank, quantile, samples_needed
+
+# What the bounds are tested for. Beyond it levels are no longer a little noise around one value.
+MOST_SPREAD = 0.3
+# With fewer processes their spread is hardly known.
+ENOUGH_PROCESSES = 5
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """One percentile of a sample of latencies, in seconds.
+
+    `lower` and `upper` are one-sided bounds, each with the confidence asked for; None where the samples cannot carry
+    one, and `why_not` says why. `n_effective` is what the samples are worth if they were independent; `spread` the
+    standard deviation of the processes' levels beyond what their samples explain, as a fraction, None for one process.
+    """
+
+    level: float
+    estimate: float
+    lower: float | None
+    upper: float | None
+    n: int
+    n_effective: float
+    processes: int
+    spread: float | None
+    why_not: str | None
+
+    @property
+    def assumes_independence(self) -> bool:
+        """Whether there are too few processes to do without that assumption."""
+        return self.processes < ENOUGH_PROCESSES
+
+
+def bounds(samples: Sequence[float], process: Sequence[int], level: float, confidence: float) -> Bounds:
+    """Bounds for the `level` quantile (0 to 1) of a fresh process's latencies.
+
+    `samples` are in seconds and in order, `process` tells the child each comes from. Raises ValueError for none, for
+    values that are no positive numbers, and where the two differ in length.
+    """
+    if not samples or len(samples) != len(process) or not all(0 < value < math.inf for value in samples):
+        raise ValueError("latencies must be positive and finite, at least one, with a process each")
+    chains = [[value for _, value in chain] for _, chain in groupby(zip(process, samples, strict=True), itemgetter(0))]
+    ordered = sorted(samples)
+    logs = [[math.log(value) for value in chain] for chain in chains]
+    worth = n_effective(chains, level)
+    spread = _spread(logs, len(samples) / worth)
+    lower = upper = None
+    if spread is not None and spread <= _believable(len(chains)):
+        at = _Ranks(ordered, logs, worth, level, confidence)
+        lower, upper = at.lower(spread), at.upper(spread)
+    return Bounds(
+        level=level,
+        estimate=quantile(ordered, level),
+        lower=lower,
+        upper=upper,
+        n=len(samples),
+        n_effective=worth,
+        processes=len(chains),
+        spread=spread,
+        why_not=_why_not(worth, spread, len(chains), level, confidence),
+    )
+
+
+def n_effective(chains: Sequence[Sequence[float]], level: float) -> float:
+    """What samples of several processes, each in order, are worth for a quantile if they were independent.
+
+    n over the integrated autocorrelation time, the larger one of the ranks (which no outlier distorts) and of being
+    among the slowest (bursts of slow calls are dependence that ranks hardly see).
+    """
+    ordered = sorted(value for chain in chains for value in chain)
+    n = len(ordered)
+    place = {value: rank for rank, value in enumerate(ordered)}
+    # At the level itself, but with ten samples above it.
+    slow = quantile(ordered, max(0.5, min(level, 1 - 10 / n)))
+    times = (
+        autocorrelation_time([[place[value] for value in chain] for chain in chains]),
+        autocorrelation_time([[float(value > slow) for value in chain] for chain in chains]),
+    )
+    return n / max(times)
+
+
+def autocorrelation_time(chains: Sequence[Sequence[float]]) -> float:
+    """How many samples of a chain are worth one independent one, at least 1 (Sokal 1989, section 3).
+
+    One plus twice the sum of the autocorrelations up to the first that noise alone would explain; at least that of an
+    AR(1) process with the first of them, corrected for the bias of short chains (Kendall 1954).
+    """
+    centred = [[value - mean for value in chain] for chain in chains if (mean := fmean(chain)) is not None]
+    n = sum(map(len, centred))
+    total = sum(sum(map(mul, chain, chain)) for chain in centred)
+    if total == 0:
+        return 1.0
+    noise = 2 / math.sqrt(n)
+    found = list(_autocorrelations(centred, total / n, noise))
+    if not found:
+        return 1.0
+    length = n / len(centred)
+    first = min(0.999, (found[0] * length + 1) / (length - 3)) if length > 6 else found[0]
+    return max(1 + 2 * sum(found), (1 + first) / (1 - first))
+
+
+def _autocorrelations(centred: Sequence[Sequence[float]], variance: float, noise: float) -> Iterator[float]:
+    for lag in range(1, max(map(len, centred))):
+        pairs = sum(max(0, len(chain) - lag) for chain in centred)
+        products = sum(sum(map(mul, chain, chain[lag:])) for chain in centred)
+        value = products / pairs / variance
+        if value <= noise:
+            return
+        yield value
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The order statistics that bound one quantile, of the samples and of what is left of them without their levels."""
+
+    ordered: Sequence[float]
+    logs: Sequence[Sequence[float]]
+    worth: float
+    level: float
+    confidence: float
+
+    def upper(self, spread: float) -> float | None:
+        misses = allowed_misses(math.floor(self.worth), self.level, self.confidence)
+        if misses is None:
+            return None
+        n = len(self.ordered)
+        place = n - 1 - math.floor(misses * n / self.worth)
+        margin = tolerance_factor(len(self.logs), self.level, self.confidence) * spread if spread else 0.0
+        return max(self.ordered[place], self._of_a_fresh_process(place, margin))
+
+    def lower(self, spread: float) -> float | None:
+        rank = lower_rank(math.floor(self.worth), self.level, self.confidence)
+        if rank is None:
+            return None
+        place = max(1, math.floor(rank * len(self.ordered) / self.worth)) - 1
+        margin = tolerance_factor(len(self.logs), 0.5, self.confidence) * spread if spread else 0.0
+        return min(self.ordered[place], self._of_a_fresh_process(place, -margin))
+
+    def _of_a_fresh_process(self, place: int, margin: float) -> float:
+        """The mean level, moved by a margin, times the residual of that place."""
+        if margin == 0:
+            return self.ordered[place]
+        levels = [median(chain) for chain in self.logs]
+        residuals = sorted(value - centre for chain, centre in zip(self.logs, levels, strict=True) for value in chain)
+        return math.exp(fmean(levels) + margin + residuals[place])
+
+
+def _spread(logs: Sequence[Sequence[float]], time: float) -> float | None:
+    """Standard deviation of the processes' mean log latency beyond what their samples explain."""
+    if len(logs) < 2:
+        return None
+    within = fmean(_variance(chain) * time / len(chain) for chain in logs)
+    return math.sqrt(max(0.0, _variance([fmean(chain) for chain in logs]) - within))
+
+
+def _variance(values: Sequence[float]) -> float:
+    """The sample's variance in floats: statistics.variance is exact and a hundred times slower."""
+    mean = fmean(values)
+    return math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+
+
+def _believable(processes: int) -> float:
+    """The largest spread that so many processes of MOST_SPREAD show in nine of ten cases.
+
+    By the chi-square quantile of Wilson and Hilferty (1931).
+    """
+    weight = 2 / (9 * (processes - 1))
+    return MOST_SPREAD * math.pow(1 - weight + NormalDist().inv_cdf(0.9) * math.sqrt(weight), 1.5)
+
+
+def _why_not(worth: float, spread: float | None, processes: int, level: float, confidence: float) -> str | None:
+    if spread is None:
+        return "one process says nothing about the next one"
+    if spread > _believable(processes):
+        return f"{processes} processes differ by {spread:.0%}, too much for a statement about the next one"
+    needed = samples_needed(level, confidence)
+    if math.floor(worth) < needed:
+        return f"the samples are worth {worth:.0f} independent ones, p{100 * level:g} takes {needed}"
+    return None
+
+
+@lru_cache(maxsize=256)
+def tolerance_factor(n: int, content: float, confidence: float) -> float:
+    """k such that mean + k * standard deviation of n normal samples exceeds their `content` quantile with `confidence`.
+
+    The one-sided normal tolerance factor (ISO 16269-6, annex C): with S the sample's standard deviation in units of
+    the true one, the mean over S of Phi(sqrt(n) * (k * S - z)) is the confidence. For content 0.5 it is Student's t
+    over sqrt(n). Raises ValueError for n < 2.
+    """
+    if n < 2:
+        raise ValueError(f"{n} samples have no standard deviation")
+    z, root, freedom = NormalDist().inv_cdf(content), math.sqrt(n), n - 1
+    weights = _chi(freedom)
+
+    def reached(k: float) -> float:
+        return sum(w * 0.5 * math.erfc(-root * (k * s - z) / math.sqrt(2)) for s, w in weights)
+
+    low, high = 0.0, 1.0
+    while reached(high) < confidence:
+        low, high = high, 2 * high
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reached(middle) < confidence else (low, middle)
+    return high
+
+
+def _chi(freedom: int) -> list[tuple[float, float]]:
+    """Points and weights (Simpson) of the distribution of a sample's standard deviation over the true one."""
+    steps = 200
+    last = 1 + 9 / math.sqrt(2 * freedom)
+    log_scale = math.log(2) + freedom / 2 * math.log(freedom / 2) - math.lgamma(freedom / 2)
+    points = []
+    for i in range(steps + 1):
+        s = max(1e-12, last * i / steps)
+        density = math.exp(log_scale + (freedom - 1) * math.log(s) - freedom * s * s / 2)
+        simpson = 1 if i in (0, steps) else 4 if i % 2 else 2
+        points.append((s, density * simpson * last / steps / 3))
+    return points
