@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from hydradeploy.evaluator.evaluate import declare, evaluate
     from hydradeploy.exporter.export import export
     from hydradeploy.exporter.pack import pack
+    from hydradeploy.profiler.profile import profile
     from hydradeploy.runtime.predict import run
     from hydradeploy.runtime.verify import verify
+    from hydradeploy.selector.pick import pick
     from hydradeploy.supernet.importer import import_checkpoint
     from hydradeploy.training.train import train
 
@@ -27,6 +29,8 @@ __all__ = [
     "import_checkpoint",
     "open_bundle",
     "pack",
+    "pick",
+    "profile",
     "run",
     "train",
     "verify",
@@ -40,6 +44,8 @@ _MODULES = {
     "import_checkpoint": "hydradeploy.supernet.importer",
     "open_bundle": "hydradeploy.bundle",
     "pack": "hydradeploy.exporter.pack",
+    "pick": "hydradeploy.selector.pick",
+    "profile": "hydradeploy.profiler.profile",
     "run": "hydradeploy.runtime.predict",
     "train": "hydradeploy.training.train",
     "verify": "hydradeploy.runtime.verify",

@@ -22,6 +22,8 @@ from hydradeploy.units import show_bytes, show_count, show_percent
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from hydradeploy.selector.budget import Budget
+
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 _HEARTBEAT_S = 5.0
@@ -39,6 +41,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 BundlePath = Annotated[Path, typer.Option("--bundle", help="The bundle's directory.")]
+ProfilesPath = Annotated[Path, typer.Option("--profiles", help="The directory of device profiles.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Verify = Annotated[str, typer.Option("--verify", metavar="stamp|always", help="Hash what is new, or everything.")]
 
@@ -67,7 +70,7 @@ def _root(
 @app.command()
 def train(
     data: Annotated[
-        str, typer.Option(help="digits, a folder with train/CLASS and val/CLASS folders, or an .npz file.")
+        str, typer.Option(help="digits, glyphs, a folder with train/CLASS and val/CLASS folders, or an .npz file.")
     ],
     out: Annotated[Path, typer.Option(help="The supernet file to write.")] = Path("supernet.safetensors"),
     epochs: Annotated[int | None, typer.Option(help="Default: what suits the data.", min=1)] = None,
@@ -180,7 +183,8 @@ def export(
     heads: Annotated[str | None, typer.Option(help="Head counts: 3,6,9-12. Default: all that were trained.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16; several with commas.")] = "fp32",
     data: Annotated[
-        str | None, typer.Option(help="Images for the parity gate: digits, a folder or .npz. Default: from a seed.")
+        str | None,
+        typer.Option(help="Images for the parity gate: digits, glyphs, a folder or .npz. Default: from a seed."),
     ] = None,
     batch: Annotated[str, typer.Option(help="Images per run: a number, or dynamic.")] = "1",
     standalone: Annotated[bool, typer.Option("--standalone", help="Graphs that carry their own weights.")] = False,
@@ -234,7 +238,8 @@ def export(
 @app.command()
 def evaluate(
     data: Annotated[
-        str | None, typer.Option(help="digits, a folder with a folder per class, or an .npz file; its test split.")
+        str | None,
+        typer.Option(help="digits, glyphs, a folder with a folder per class, or an .npz file; its test split."),
     ] = None,
     declared: Annotated[
         Path | None, typer.Option(help="CSV of accuracy measured elsewhere: artifact,dataset,top1,n.")
@@ -274,6 +279,131 @@ def evaluate(
         for row in found.rows
     ]
     _table(("artifact", "top-1", "95% interval", "images", "data", "by"), rows)
+
+
+@app.command()
+def profile(
+    bundle: BundlePath = Path("bundle"),
+    profiles: ProfilesPath = Path("profiles"),
+    device: Annotated[str | None, typer.Option(help="cpu. Default: what this machine is.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Default: the first that is usable.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Head counts: 3,6,9-12. Default: all in the bundle.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32,fp16. Default: all in the bundle.")] = None,
+    threads: Annotated[str | None, typer.Option(help="Thread counts: 1,2. Default: one per usable core.")] = None,
+    preset: Annotated[str, typer.Option(metavar="quick|standard|gate", help="How many samples to take.")] = "quick",
+    as_json: Json = False,
+) -> None:
+    """Measure latency, load time and memory on this device.
+
+    Every artifact is run in several fresh processes, head counts interleaved. All samples are kept in a profile, where
+    they replace earlier ones of the same device under the same conditions.
+    """
+    from hydradeploy.profiler.profile import profile as call
+
+    with _progress() as report:
+        done = call(
+            bundle,
+            profiles,
+            device=device,
+            backend_name=backend,
+            heads=None if heads is None else parse_heads(heads),
+            precisions=None if precision is None else [name.strip() for name in precision.split(",")],
+            threads=None if threads is None else parse_heads(threads),
+            preset=preset,
+            report=report,
+        )
+    if as_json:
+        _print_json({"profile": str(done.stored.path), "device": done.stored.profile.device, "cells": done.cells})
+        return
+    from hydradeploy.report.text import CELL_HEADER, cell_row
+
+    _table(CELL_HEADER, [cell_row(cell) for cell in done.cells])
+    for cell in done.cells:
+        if cell.error is not None:
+            _say(f"{cell.artifact}: {cell.error}")
+    print(f"{done.stored.path}: {done.stored.profile.device.name}, {len(done.cells)} cells measured")
+
+
+@app.command()
+def pick(
+    latency: Annotated[list[str] | None, typer.Option(help="20ms is the 95th percentile; or 'p99<=20ms'.")] = None,
+    memory: Annotated[str | None, typer.Option(help="At most, 1.5GiB.")] = None,
+    energy: Annotated[str | None, typer.Option(help="At most per image, 0.4J.")] = None,
+    size: Annotated[str | None, typer.Option(help="At most on disk when packed, 50MiB.")] = None,
+    throughput: Annotated[str | None, typer.Option(help="At least, in images: 50/s.")] = None,
+    min_top1: Annotated[str | None, typer.Option(help="At least, 78%; the lower end of the interval counts.")] = None,
+    prefer: Annotated[
+        str | None, typer.Option(help="accuracy, latency, energy, memory or size. Default: accuracy.")
+    ] = None,
+    confidence: Annotated[str, typer.Option(help="For everything that chance is in.")] = "95%",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="One line per measured cell, with what refused it.")
+    ] = False,
+    everywhere: Annotated[bool, typer.Option("--all", help="One row per device profile.")] = False,
+    bundle: BundlePath = Path("bundle"),
+    profiles: ProfilesPath = Path("profiles"),
+    profile: Annotated[Path | None, typer.Option(help="Plan with this profile, also of another device.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Accuracy on this one. Default: the last evaluated.")] = None,
+    accept: Annotated[str | None, typer.Option(help="Flags to accept: throttled,contended.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Only cells without any flag.")] = False,
+    assume_larger: Annotated[
+        bool, typer.Option("--assume-larger-is-better", help="Order by head count instead of accuracy.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Name the most accurate subnet that meets a budget, with evidence.
+
+    --latency 20ms: the 95th percentile is at most 20 ms, with 95 % confidence. Exits with 3 where nothing meets the
+    budget and with 4 where more samples are needed to tell.
+    """
+    from hydradeploy.report.text import DEVICE_HEADER, answer_lines, device_row
+    from hydradeploy.selector.pick import Request, exit_code, pick_all
+    from hydradeploy.selector.pick import pick as call
+
+    request = Request(
+        budget=_budget(latency or [], memory, energy, size, throughput, min_top1, confidence),
+        prefer=cast("Any", prefer),
+        accept=tuple(filter(None, (accept or "").split(","))),
+        strict=strict,
+        assume_larger_is_better=assume_larger,
+        dataset=dataset,
+    )
+    if everywhere:
+        answers = pick_all(bundle, profiles, request)
+        if as_json:
+            _print_json({"answers": answers})
+        else:
+            _table(DEVICE_HEADER, [device_row(answer) for answer in answers])
+    else:
+        answers = (call(bundle, profiles, request, profile=profile),)
+        if as_json:
+            _print_json(answers[0])
+        else:
+            print("\n".join(answer_lines(answers[0], explain=explain)))
+    raise typer.Exit(exit_code(answers))
+
+
+def _budget(
+    latency: Sequence[str],
+    memory: str | None,
+    energy: str | None,
+    size: str | None,
+    throughput: str | None,
+    min_top1: str | None,
+    confidence: str,
+) -> Budget:
+    from hydradeploy.selector.budget import Budget, parse_latency
+    from hydradeploy.units import ENERGY, FRACTION, RATE, SIZE, parse
+
+    return Budget(
+        latency=tuple(map(parse_latency, latency)),
+        memory_bytes=None if memory is None else parse(memory, SIZE),
+        energy_j=None if energy is None else parse(energy, ENERGY),
+        size_bytes=None if size is None else parse(size, SIZE),
+        throughput_per_s=None if throughput is None else parse(throughput, RATE),
+        min_top1=None if min_top1 is None else parse(min_top1, FRACTION),
+        confidence=parse(confidence, FRACTION),
+    )
 
 
 @app.command()

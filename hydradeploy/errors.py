@@ -3,6 +3,8 @@
     HydraError
     ├── UsageError        2   the command line or a call does not make sense
     ├── ParityError       5   an artifact does not compute what the supernet computes
+    ├── InvalidError      6   measurements exist, but none is clean
+    ├── ForeignError      7   no measurement of this device or of these graphs
     ├── MissingError      8   a backend, device or sensor is not here
     ├── IntegrityError   10   one of our own files is missing, damaged or tampered with
     ├── InputError       11   data given to us is refused
@@ -73,6 +75,14 @@ class UsageError(HydraError):
 
 class ParityError(HydraError):
     exit_code = ExitCode.PARITY
+
+
+class InvalidError(HydraError):
+    exit_code = ExitCode.INVALID
+
+
+class ForeignError(HydraError):
+    exit_code = ExitCode.FOREIGN
 
 
 class MissingError(HydraError):

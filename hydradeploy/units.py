@@ -57,7 +57,8 @@ def parse(text: str, quantity: Quantity) -> float:
         raise UsageError(f"{text!r} has no unit", hint=f"{quantity.name} needs one of {known}: {suggestion}?")
     if unit not in quantity.units:
         raise UsageError(f"{text!r}: {unit!r} is not a unit of {quantity.name[2:].strip()}", hint=f"one of {known}")
-    value = float(number.replace("_", "")) * quantity.units[unit]
+    # 95 * 0.01 is 0.9500000000000001; fifteen digits are what a float keeps of what was written.
+    value = float(f"{float(number.replace('_', '')) * quantity.units[unit]:.15g}")
     if not math.isfinite(value):
         raise UsageError(f"{text!r} is not a finite number", hint=f"write for example {quantity.example}")
     return value

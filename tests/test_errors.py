@@ -20,6 +20,8 @@ def test_every_exit_code_is_documented():
     [
         ("UsageError", 2),
         ("ParityError", 5),
+        ("InvalidError", 6),
+        ("ForeignError", 7),
         ("MissingError", 8),
         ("IntegrityError", 10),
         ("InputError", 11),

@@ -81,6 +81,14 @@ class Backend(Protocol):
         """None where it is usable here, else the sentence to show."""
         ...
 
+    def software(self) -> Mapping[str, str]:
+        """The version of each package that decides how fast and how it computes."""
+        ...
+
+    def prepare(self) -> None:
+        """Load the runtime itself: what every session takes, whatever its model."""
+        ...
+
     def open(self, model: Model, options: Options) -> Session:
         """Raises MissingError where the runtime is missing or cannot take the model."""
         ...
@@ -101,6 +109,12 @@ def backend(name: str | None = None) -> Backend:
             return found
         reasons.append(f"{candidate}: {reason}")
     raise MissingError(f"no usable backend ({'; '.join(reasons)})", hint="pip install 'hydradeploy[ort]'")
+
+
+def usable() -> tuple[Backend, ...]:
+    """Every backend that runs here."""
+    found: list[Backend] = [import_module(module).BACKEND for module in BACKEND_MODULES.values()]
+    return tuple(candidate for candidate in found if candidate.why_not() is None)
 
 
 def model_of(bundle: Bundle, artifact: Artifact, dialect: Dialect) -> Model:

@@ -69,6 +69,16 @@ class _Onnxruntime:
     def why_not(self) -> str | None:
         return None if find_spec("onnxruntime") else "the package onnxruntime is not installed"
 
+    def software(self) -> Mapping[str, str]:
+        from importlib.metadata import version
+
+        return {"onnxruntime": version("onnxruntime")}
+
+    def prepare(self) -> None:
+        import onnxruntime
+
+        onnxruntime.SessionOptions()
+
     def open(self, model: Model, options: Options) -> _Session:
         return _Session(model, options)
 

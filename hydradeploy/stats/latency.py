@@ -13,8 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
-from operator import itemgetter, mul
+from operator import mul
 from statistics import NormalDist, fmean, median
 
 from hydradeploy.stats.order import allowed_misses, lower_rank, quantile, samples_needed
@@ -58,7 +57,7 @@ def bounds(samples: Sequence[float], process: Sequence[int], level: float, confi
     """
     if not samples or len(samples) != len(process) or not all(0 < value < math.inf for value in samples):
         raise ValueError("latencies must be positive and finite, at least one, with a process each")
-    chains = [[value for _, value in chain] for _, chain in groupby(zip(process, samples, strict=True), itemgetter(0))]
+    chains = _chains(samples, process)
     ordered = sorted(samples)
     logs = [[math.log(value) for value in chain] for chain in chains]
     worth = n_effective(chains, level)
@@ -78,6 +77,14 @@ def bounds(samples: Sequence[float], process: Sequence[int], level: float, confi
         spread=spread,
         why_not=_why_not(worth, spread, len(chains), level, confidence),
     )
+
+
+def _chains(samples: Sequence[float], process: Sequence[int]) -> list[list[float]]:
+    """The samples of each process, in order."""
+    by_process: dict[int, list[float]] = {}
+    for number, value in zip(process, samples, strict=True):
+        by_process.setdefault(number, []).append(value)
+    return list(by_process.values())
 
 
 def n_effective(chains: Sequence[Sequence[float]], level: float) -> float:
@@ -107,14 +114,16 @@ def autocorrelation_time(chains: Sequence[Sequence[float]]) -> float:
     centred = [[value - mean for value in chain] for chain in chains if (mean := fmean(chain)) is not None]
     n = sum(map(len, centred))
     total = sum(sum(map(mul, chain, chain)) for chain in centred)
-    if total == 0:
+    # A mean can be off by its last bit, which would leave constants perfectly dependent.
+    if total == 0 or all(min(chain) == max(chain) for chain in chains):
         return 1.0
     noise = 2 / math.sqrt(n)
     found = list(_autocorrelations(centred, total / n, noise))
     if not found:
         return 1.0
     length = n / len(centred)
-    first = min(0.999, (found[0] * length + 1) / (length - 3)) if length > 6 else found[0]
+    # Chains of unlike lengths can show a correlation above 1.
+    first = min(0.999, (found[0] * length + 1) / (length - 3) if length > 6 else found[0])
     return max(1 + 2 * sum(found), (1 + first) / (1 - first))
 
 
@@ -145,7 +154,7 @@ class _Ranks:
         n = len(self.ordered)
         place = n - 1 - math.floor(misses * n / self.worth)
         margin = tolerance_factor(len(self.logs), self.level, self.confidence) * spread if spread else 0.0
-        return max(self.ordered[place], self._of_a_fresh_process(place, margin))
+        return max(quantile(self.ordered, self.level), self.ordered[place], self._of_a_fresh_process(place, margin))
 
     def lower(self, spread: float) -> float | None:
         rank = lower_rank(math.floor(self.worth), self.level, self.confidence)
@@ -153,7 +162,8 @@ class _Ranks:
             return None
         place = max(1, math.floor(rank * len(self.ordered) / self.worth)) - 1
         margin = tolerance_factor(len(self.logs), 0.5, self.confidence) * spread if spread else 0.0
-        return min(self.ordered[place], self._of_a_fresh_process(place, -margin))
+        # Of very few independent ones even the largest bounds from below; it may lie above the estimate.
+        return min(quantile(self.ordered, self.level), self.ordered[place], self._of_a_fresh_process(place, -margin))
 
     def _of_a_fresh_process(self, place: int, margin: float) -> float:
         """The mean level, moved by a margin, times the residual of that place."""
@@ -225,13 +235,29 @@ def tolerance_factor(n: int, content: float, confidence: float) -> float:
 
 def _chi(freedom: int) -> list[tuple[float, float]]:
     """Points and weights (Simpson) of the distribution of a sample's standard deviation over the true one."""
-    steps = 200
+    # Squares, because a large factor is decided close to zero.
+    steps = 400
     last = 1 + 9 / math.sqrt(2 * freedom)
     log_scale = math.log(2) + freedom / 2 * math.log(freedom / 2) - math.lgamma(freedom / 2)
     points = []
-    for i in range(steps + 1):
-        s = max(1e-12, last * i / steps)
+    for i in range(1, steps + 1):
+        root = i / steps
+        s = last * root * root
         density = math.exp(log_scale + (freedom - 1) * math.log(s) - freedom * s * s / 2)
-        simpson = 1 if i in (0, steps) else 4 if i % 2 else 2
-        points.append((s, density * simpson * last / steps / 3))
+        simpson = 1 if i == steps else 4 if i % 2 else 2
+        points.append((s, density * 2 * last * root * simpson / steps / 3))
     return points
+
+
+def mean_bounds(samples: Sequence[float], process: Sequence[int], confidence: float) -> tuple[float, float] | None:
+    """One-sided bounds, below and above, for the mean latency over processes, each with that confidence.
+
+    Student's interval over the processes' means: what varies between processes and what drags on within one are both
+    in their scatter. None for fewer than two processes.
+    """
+    chains = _chains(samples, process)
+    if len(chains) < 2:
+        return None
+    means = [fmean(chain) for chain in chains]
+    half = tolerance_factor(len(means), 0.5, confidence) * math.sqrt(_variance(means))
+    return fmean(means) - half, fmean(means) + half

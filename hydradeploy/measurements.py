@@ -1,0 +1,197 @@
+"""A profile on disk: what was measured on one device under stated conditions, raw samples kept.
+
+    profiles/<device>-<power mode>-<stack>.json
+
+Percentiles are computed on reading, so that a better estimator applies to old measurements. History of the schema: 1,
+the first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import msgspec
+
+from hydradeploy.errors import IntegrityError, UsageError, environment
+from hydradeploy.files import locked, write_atomically
+from hydradeploy.spec import Record, decode
+
+SCHEMA = 1
+
+Key = tuple[str, str, str, str, str, str, int, int, str]
+
+
+class Device(Record, frozen=True, kw_only=True):
+    """What a device is, the same on every one of its make: fleets share profiles.
+
+    `cores` are logical ones, `memory_bytes` what the kernel has.
+    """
+
+    kind: str
+    name: str
+    architecture: str
+    instruction_set: str
+    cores: int
+    memory_bytes: int
+
+    def differences(self, other: Device) -> tuple[str, ...]:
+        """What tells them apart, as `field: this, other`; memory within a twentieth is the same."""
+        found = _differences(self, other)
+        if math.isclose(self.memory_bytes, other.memory_bytes, rel_tol=0.05):
+            found.pop("memory_bytes", None)
+        return tuple(found.values())
+
+
+class Conditions(Record, frozen=True, kw_only=True):
+    """How it was set up. Measurements under unlike conditions are never merged.
+
+    `power_mode` is the device's own word for it, `governor` the clock governor of its cores, `affinity` the cores this
+    process may use, `quota_cores` how much of them a control group grants; None where there is no such thing.
+    `software` has the version of every runtime.
+    """
+
+    power_mode: str | None
+    governor: str | None
+    affinity: str
+    quota_cores: float | None
+    os: str
+    software: dict[str, str]
+
+    def differences(self, other: Conditions) -> tuple[str, ...]:
+        """What tells them apart, as `field: this, other`."""
+        return tuple(_differences(self, other).values())
+
+
+class Cell(Record, frozen=True, kw_only=True):
+    """One artifact on one backend, measured.
+
+    `latency_s` are the raw samples in order, `process` the child each comes from, `load_s` and `first_s` one value per
+    child, `memory_bytes` the most that any child took beyond what the runtime takes without a model. `flags` are
+    remarks on how it was measured, `evidence` what they rest on; `error` says why there is no measurement.
+    """
+
+    artifact: str
+    graph_sha256: str
+    backend: str
+    processor: str
+    compute_type: str
+    input: str
+    batch: int
+    threads: int
+    regime: str
+    measured_at: str
+    latency_s: tuple[float, ...] = ()
+    process: tuple[int, ...] = ()
+    load_s: tuple[float, ...] = ()
+    first_s: tuple[float, ...] = ()
+    memory_bytes: int | None = None
+    energy_j: float | None = None
+    flags: tuple[str, ...] = ()
+    evidence: dict[str, tuple[float, ...]] = msgspec.field(default_factory=dict)
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.process) != len(self.latency_s):
+            raise ValueError(f"{self.artifact}: {len(self.latency_s)} samples of {len(self.process)} processes")
+        if not self.latency_s and self.error is None:
+            raise ValueError(f"{self.artifact}: neither samples nor an error")
+        if self.latency_s and not (min(self.latency_s) > 0 and max(self.latency_s) < math.inf):
+            raise ValueError(f"{self.artifact}: latency_s must be positive and finite")
+
+    @property
+    def key(self) -> Key:
+        """What was measured; a later measurement of the same replaces it."""
+        return (
+            self.artifact,
+            self.graph_sha256,
+            self.backend,
+            self.processor,
+            self.compute_type,
+            self.input,
+            self.batch,
+            self.threads,
+            self.regime,
+        )
+
+
+class Profile(Record, frozen=True, kw_only=True):
+    """All cells measured on one device under the same conditions."""
+
+    schema: int = SCHEMA
+    device: Device
+    conditions: Conditions
+    cells: tuple[Cell, ...]
+
+    @property
+    def measured_at(self) -> str:
+        """When its newest cell was measured, ISO 8601 in UTC; empty for no cells."""
+        return max((cell.measured_at for cell in self.cells), default="")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A profile and its file."""
+
+    path: Path
+    profile: Profile
+
+
+def read_profile(path: Path) -> Stored:
+    """Read a profile; raises UsageError when there is none, IntegrityError for a damaged one."""
+    try:
+        return Stored(path, decode(path.read_bytes(), Profile, str(path), SCHEMA))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such profile", hint="measure one with hydradeploy profile") from error
+    except OSError as error:
+        raise IntegrityError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_profiles(directory: Path) -> tuple[Stored, ...]:
+    """Every profile of a directory, newest first, none where there is no directory; raises IntegrityError."""
+    found = [read_profile(path) for path in sorted(directory.glob("*.json"))]
+    return tuple(sorted(found, key=lambda stored: stored.profile.measured_at, reverse=True))
+
+
+def add_profile(directory: Path, fresh: Profile) -> Stored:
+    """Keep a profile: its cells replace those of the same key in the file of that device under those conditions.
+
+    Where a file of that name holds others, the next free name is taken. Raises IntegrityError for a damaged file,
+    EnvironmentFailed when the disk fails.
+    """
+    for number in count(1):
+        path = directory / (_file_name(fresh) + ("" if number == 1 else f"-{number}") + ".json")
+        with locked(path, lambda _: None):
+            before = read_profile(path).profile if path.exists() else None
+            if before is not None and (before.device, before.conditions) != (fresh.device, fresh.conditions):
+                continue
+            replaced = {cell.key for cell in fresh.cells}
+            kept = [cell for cell in before.cells if cell.key not in replaced] if before else []
+            merged = msgspec.structs.replace(fresh, cells=(*kept, *fresh.cells))
+            with environment("writing the profile"):
+                write_atomically(path, msgspec.json.format(msgspec.json.encode(merged), indent=0) + b"\n")
+            return Stored(path, merged)
+    raise AssertionError  # count has no end
+
+
+def _file_name(profile: Profile) -> str:
+    device, conditions = profile.device, profile.conditions
+    stack = "-".join(f"{name}-{version}" for name, version in sorted(conditions.software.items()))
+    mode = conditions.power_mode or conditions.governor or "default"
+    parts = (f"{device.name} {device.cores}c", mode, stack)
+    return "-".join(re.sub(r"[^a-z0-9.+]+", "-", part.lower()).strip("-") for part in parts if part)
+
+
+def _differences(one: Record, other: Record) -> dict[str, str]:
+    fields = {name: (getattr(one, name), getattr(other, name)) for name in one.__struct_fields__}
+    return {name: f"{name}: {_shown(a)}, {_shown(b)}" for name, (a, b) in fields.items() if a != b}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {version}" for name, version in sorted(value.items())) or "none"
+    return "none" if value is None else str(value)

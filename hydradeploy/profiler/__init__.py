@@ -1,0 +1,1 @@
+"""How long artifacts take on this device, what they occupy, and under which conditions that was measured."""

@@ -1,0 +1,1 @@
+"""What people read: lines, tables and pictures of profiles and picks."""

@@ -1,0 +1,97 @@
+"""Lines and table rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+
+from hydradeploy.measurements import Cell
+from hydradeploy.selector.answer import Answer, Picked
+from hydradeploy.selector.budget import percentile_name
+from hydradeploy.stats.latency import bounds
+from hydradeploy.units import show_bytes, show_percent, show_seconds
+
+CELL_HEADER = ("artifact", "threads", "p50", "p95", "p95 at most", "samples", "worth", "first run", "load", "memory")
+DEVICE_HEADER = ("device", "verdict", "artifact", "p50", "at most", "top-1")
+
+
+def cell_row(cell: Cell) -> tuple[str, ...]:
+    """A measured cell below CELL_HEADER; `p95 at most` with 95 % confidence, n/a where the samples cannot carry it."""
+    if cell.error is not None:
+        return (cell.artifact, str(cell.threads), *("failed",) * (len(CELL_HEADER) - 2))
+    p50, p95 = (bounds(cell.latency_s, cell.process, level, 0.95) for level in (0.5, 0.95))
+    return (
+        cell.artifact,
+        str(cell.threads),
+        show_seconds(p50.estimate),
+        show_seconds(p95.estimate),
+        "n/a" if p95.upper is None else show_seconds(p95.upper),
+        str(p95.n),
+        f"{p95.n_effective:.0f}",
+        show_seconds(median(cell.first_s)),
+        show_seconds(median(cell.load_s)),
+        "not measured" if cell.memory_bytes is None else show_bytes(cell.memory_bytes),
+    )
+
+
+def answer_lines(answer: Answer, *, explain: bool = False) -> Iterator[str]:
+    """The answer in one line, then what belongs to it; with `explain` also why each other cell was refused."""
+    if answer.pick is not None:
+        yield sentence(answer.pick)
+    elif answer.verdict == "infeasible":
+        yield f"nothing meets the budget on {answer.device}"
+    else:
+        more = "" if answer.more_samples is None else f": about {answer.more_samples} more samples of it would tell"
+        yield f"inconclusive on {answer.device}, {answer.nearest and answer.nearest.artifact} may meet the budget{more}"
+    if answer.nearest is not None:
+        here = (answer.nearest.artifact, answer.nearest.backend, answer.nearest.threads, answer.nearest.batch)
+        reasons = [r.reason for r in answer.rejected if (r.artifact, r.backend, r.threads, r.batch) == here]
+        yield f"nearest: {answer.nearest.artifact}: {reasons[0]}"
+    for knob in answer.knobs:
+        yield f"would do: {knob}"
+    if answer.cheaper is not None:
+        yield f"faster and not significantly less accurate: {sentence(answer.cheaper)}"
+    for note in answer.notes:
+        yield f"note: {note}"
+    if explain:
+        if answer.runner_up is not None:
+            yield f"next: {sentence(answer.runner_up)}"
+        for cell in answer.rejected:
+            yield f"refused: {cell.artifact} ({cell.backend}, {cell.threads} threads): {cell.reason}"
+
+
+def sentence(cell: Picked) -> str:
+    """A cell with its evidence."""
+    latency, accuracy = cell.latency_s, cell.accuracy
+    independent = "if samples are independent, " if latency.if_independent else ""
+    parts = [
+        f"{cell.artifact} ({cell.backend}, {cell.threads} threads): {_latency(cell)}"
+        f" ({independent}{latency.n} samples worth {latency.n_effective:.0f})"
+    ]
+    if accuracy is not None:
+        interval = f"{show_percent(accuracy.lower)} .. {show_percent(accuracy.upper)}"
+        declared = ", declared" if accuracy.source == "declared" else ""
+        images = f"{accuracy.n} images of {accuracy.dataset}{declared}"
+        parts.append(f"top-1 {show_percent(accuracy.top1)} ({interval}, {images})")
+    if cell.memory_bytes is not None:
+        parts.append(f"memory {show_bytes(cell.memory_bytes)}")
+    return ", ".join([*parts, f"size {show_bytes(cell.size_bytes)}"])
+
+
+def device_row(answer: Answer) -> tuple[str, ...]:
+    """One device's answer below DEVICE_HEADER."""
+    first = (answer.device + (" (this one)" if answer.device_here else ""), answer.verdict)
+    cell = answer.pick
+    if cell is None:
+        return (*first, "", "", "", "")
+    latency = (cell.latency_s.p50, cell.latency_s.upper)
+    shown = ("n/a" if value is None else show_seconds(value) for value in latency)
+    return (*first, cell.artifact, *shown, "" if cell.accuracy is None else show_percent(cell.accuracy.top1))
+
+
+def _latency(cell: Picked) -> str:
+    latency = cell.latency_s
+    name = percentile_name(latency.percentile)
+    if latency.upper is None:
+        return f"{name} not known"
+    return f"{name} at most {show_seconds(latency.upper)} with {show_percent(latency.confidence, 0)} confidence"

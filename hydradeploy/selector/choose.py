@@ -1,0 +1,173 @@
+"""The choice: a pure function of candidates and a budget.
+
+Candidates are judged in the order of preference, so that what comes first and meets every limit is the answer; cheap
+tests pass over those that surely do not. Nothing is interpolated or predicted: only what was measured can be picked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hydradeploy.bundle import AccuracyRow
+from hydradeploy.selector.budget import DEFAULT_LEVEL, Budget, Preference
+from hydradeploy.selector.judge import Candidate, Check, checks, combined, hopeless, possible
+from hydradeploy.stats.proportions import mcnemar
+
+Verdict = Literal["pass", "infeasible", "inconclusive"]
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How to choose among what meets the budget, and which measurements to believe.
+
+    `accept` are flags that would otherwise refuse a cell, `strict` takes cells without any flag only,
+    `larger_is_better` orders by head count instead of accuracy.
+    """
+
+    prefer: Preference = "accuracy"
+    accept: tuple[str, ...] = ()
+    strict: bool = False
+    larger_is_better: bool = False
+
+    def needs_accuracy(self, budget: Budget) -> bool:
+        """Whether a cell without accuracy cannot be picked."""
+        return budget.min_top1 is not None or (self.prefer == "accuracy" and not self.larger_is_better)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answer. `runner_up` is the next that meets the budget, `cheaper` the fastest that does and is not
+    significantly less accurate than the pick; `nearest` comes closest where nothing is picked."""
+
+    verdict: Verdict
+    pick: Candidate | None = None
+    runner_up: Candidate | None = None
+    cheaper: Candidate | None = None
+    nearest: Candidate | None = None
+
+
+def choose(candidates: Sequence[Candidate], budget: Budget, rules: Rules = Rules()) -> Choice:
+    """The first candidate in the order of preference that meets every limit with the budget's confidence.
+
+    Without one the verdict is `inconclusive` where more samples might give one, else `infeasible`.
+    """
+    needs_accuracy = rules.needs_accuracy(budget)
+    usable = [c for c in candidates if c.refused(rules.accept, rules.strict, needs_accuracy) is None]
+    ordered = sorted(usable, key=_preference(rules, budget))
+    meeting = (c for c in ordered if meets(c, budget))
+    pick = next(meeting, None)
+    if pick is not None:
+        return Choice("pass", pick, runner_up=next(meeting, None), cheaper=_cheaper(pick, usable, budget))
+    level = budget.latency[0].percentile if budget.latency else DEFAULT_LEVEL
+    near = sorted(usable, key=lambda c: (_excess(c, budget), c.estimate_s(level)))
+    is_open = (c for c in near if not hopeless(c, budget) and combined(list(checks(c, budget))) == "open")
+    first = next(is_open, None)
+    if first is not None:
+        return Choice("inconclusive", nearest=first)
+    return Choice("infeasible", nearest=near[0] if near else None)
+
+
+def meets(candidate: Candidate, budget: Budget) -> bool:
+    """Whether the candidate meets every limit with the budget's confidence."""
+    return possible(candidate, budget) and combined(list(checks(candidate, budget))) == "met"
+
+
+def judged(candidate: Candidate, budget: Budget, rules: Rules) -> list[Check]:
+    """Every limit the candidate was held against, for explanation; one that says why it was not even held."""
+    refusal = candidate.refused(rules.accept, rules.strict, rules.needs_accuracy(budget))
+    if refusal is not None:
+        return [Check("measurement", "missed", refusal, math.inf)]
+    return list(checks(candidate, budget))
+
+
+def significantly_less(one: AccuracyRow | None, other: AccuracyRow | None) -> bool | None:
+    """Whether `one` is right less often than `other` on the same images, beyond chance (exact McNemar test).
+
+    None where they were not evaluated on the same images.
+    """
+    if one is None or other is None or one.right is None or other.right is None:
+        return None
+    if (one.data_sha256, one.n) != (other.data_sha256, other.n):
+        return None
+    a, b = int.from_bytes(one.right, "big"), int.from_bytes(other.right, "big")
+    only_one, only_other = (a & ~b).bit_count(), (b & ~a).bit_count()
+    return only_one < only_other and mcnemar(only_one, only_other) < SIGNIFICANT
+
+
+def dominated(candidates: Sequence[Candidate], level: float = DEFAULT_LEVEL) -> dict[int, Candidate]:
+    """By position, the candidates that another one beats: no slower, no less accurate, and better in one of both.
+
+    On the figures as observed. Those without accuracy or without samples are left out.
+    """
+    places = [i for i, c in enumerate(candidates) if c.accuracy is not None and c.cell.latency_s]
+
+    def key(i: int) -> tuple[float, float]:
+        accuracy = candidates[i].accuracy
+        return candidates[i].estimate_s(level), -(accuracy.top1 if accuracy else 0.0)
+
+    found: dict[int, Candidate] = {}
+    best: int | None = None
+    for i in sorted(places, key=key):
+        if best is not None and key(best)[1] <= key(i)[1] and key(best) != key(i):
+            found[i] = candidates[best]
+        elif best is None or key(i)[1] < key(best)[1]:
+            best = i
+    return found
+
+
+def _preference(rules: Rules, budget: Budget) -> Callable[[Candidate], tuple[float, ...]]:
+    """What to sort by, the best first; among equals the fastest."""
+    level = budget.latency[0].percentile if budget.latency else DEFAULT_LEVEL
+
+    def accuracy(candidate: Candidate) -> float:
+        if rules.larger_is_better:
+            return -candidate.artifact.heads
+        return -candidate.accuracy.top1 if candidate.accuracy is not None else math.inf
+
+    def amount(value: float | None) -> float:
+        return math.inf if value is None else value
+
+    keys: dict[Preference, Callable[[Candidate], float]] = {
+        "accuracy": accuracy,
+        "latency": lambda c: c.estimate_s(level),
+        "energy": lambda c: amount(c.cell.energy_j),
+        "memory": lambda c: amount(c.cell.memory_bytes),
+        "size": lambda c: c.artifact.size_bytes,
+    }
+    return lambda c: (keys[rules.prefer](c), accuracy(c), c.mean_s)
+
+
+def _cheaper(pick: Candidate, usable: Sequence[Candidate], budget: Budget) -> Candidate | None:
+    """The fastest that meets the budget and is not significantly less accurate, None where that is the pick."""
+    verdicts: dict[int, bool | None] = {}
+
+    def comparable(candidate: Candidate) -> bool:
+        key = id(candidate.accuracy)  # many cells share one row
+        if key not in verdicts:
+            verdicts[key] = significantly_less(candidate.accuracy, pick.accuracy)
+        return verdicts[key] is False
+
+    faster = sorted((c for c in usable if c.mean_s < pick.mean_s and comparable(c)), key=lambda c: c.mean_s)
+    return next((c for c in faster if meets(c, budget)), None)
+
+
+def _excess(candidate: Candidate, budget: Budget) -> float:
+    """How far the worst figure is over its limit, roughly."""
+    pairs = [(candidate.estimate_s(limit.percentile), limit.limit_s) for limit in budget.latency]
+    for value, most in (
+        (candidate.cell.memory_bytes, budget.memory_bytes),
+        (candidate.cell.energy_j, budget.energy_j),
+        (candidate.artifact.size_bytes, budget.size_bytes),
+    ):
+        if most is not None:
+            pairs.append((math.inf if value is None else value, most))
+    if budget.throughput_per_s is not None:
+        pairs.append((budget.throughput_per_s * candidate.mean_s, candidate.cell.batch))
+    if budget.min_top1 is not None:
+        pairs.append((1 - (candidate.accuracy.lower if candidate.accuracy else 0.0), 1 - budget.min_top1))
+    return max((value / most if most > 0 else math.inf for value, most in pairs), default=0.0)

@@ -1,0 +1,218 @@
+"""What one cell says of a budget: each limit is met, missed or open, with the number that decides it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from hydradeploy.bundle import AccuracyRow, Artifact
+from hydradeploy.measurements import Cell
+from hydradeploy.selector.budget import Budget, LatencyLimit
+from hydradeploy.stats.latency import Bounds, bounds, mean_bounds
+from hydradeploy.stats.order import allowed_misses, quantile, samples_needed
+from hydradeploy.units import show_bytes, show_percent, show_seconds
+
+Status = Literal["met", "missed", "open"]
+
+# Measurements so flagged do not show what the device does undisturbed.
+INVALID_FLAGS = ("throttled", "contended")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One limit. `excess` is the figure over the limit, above 1 where it is too much; `more` the further samples it
+    would take to tell, None where more of the same would not."""
+
+    limit: str
+    status: Status
+    text: str
+    excess: float
+    more: int | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A cell, the artifact it measured, and that artifact's accuracy, None where nobody measured it."""
+
+    cell: Cell
+    artifact: Artifact
+    accuracy: AccuracyRow | None
+
+    @cached_property
+    def ordered(self) -> tuple[float, ...]:
+        """The latencies, ascending."""
+        return tuple(sorted(self.cell.latency_s))
+
+    @cached_property
+    def mean_s(self) -> float:
+        samples = self.cell.latency_s
+        return sum(samples) / len(samples) if samples else math.inf
+
+    def estimate_s(self, level: float) -> float:
+        """The observed percentile."""
+        return quantile(self.ordered, level) if self.ordered else math.inf
+
+    def bounds(self, level: float, confidence: float) -> Bounds:
+        """What the samples say of a percentile."""
+        return bounds(self.cell.latency_s, self.cell.process, level, confidence)
+
+    def refused(self, accept: tuple[str, ...], strict: bool, needs_accuracy: bool) -> str | None:
+        """Why the cell cannot be picked whatever the budget, None where it can."""
+        cell = self.cell
+        if cell.error is not None:
+            return f"could not be measured: {cell.error}"
+        bad = [flag for flag in cell.flags if strict or (flag in INVALID_FLAGS and flag not in accept)]
+        if bad:
+            return f"measured while {', '.join(bad)}" + ("" if strict else f" (--accept {bad[0]} takes it)")
+        if needs_accuracy and self.accuracy is None:
+            return "no accuracy measured of these weights"
+        return None
+
+
+def possible(candidate: Candidate, budget: Budget) -> bool:
+    """Whether the cell might meet every limit: cheap, and never False for one that does."""
+    cell = candidate.cell
+    if any(
+        limit is not None and (value is None or value > limit)
+        for limit, value in (
+            (budget.memory_bytes, cell.memory_bytes),
+            (budget.energy_j, cell.energy_j),
+            (budget.size_bytes, candidate.artifact.size_bytes),
+        )
+    ):
+        return False
+    if budget.min_top1 is not None and (candidate.accuracy is None or candidate.accuracy.lower < budget.min_top1):
+        return False
+    for limit in budget.latency:
+        # No dependence and no spread would make the bound any lower than this.
+        most = allowed_misses(len(cell.latency_s), limit.percentile, budget.confidence)
+        over = len([1 for value in cell.latency_s if value > limit.limit_s])
+        if most is None or over > most:
+            return False
+    return True
+
+
+def hopeless(candidate: Candidate, budget: Budget) -> bool:
+    """Whether the cell surely misses a limit: cheap, and never True for one that is met or open."""
+    return any(_all_over(candidate, limit, budget.confidence) for limit in budget.latency)
+
+
+def checks(candidate: Candidate, budget: Budget) -> Iterator[Check]:
+    """Every limit of the budget, judged."""
+    cell, artifact = candidate.cell, candidate.artifact
+    for limit in budget.latency:
+        yield _latency(candidate, limit, budget.confidence)
+    if budget.throughput_per_s is not None:
+        yield _throughput(cell, budget.throughput_per_s, budget.confidence)
+    if budget.memory_bytes is not None:
+        yield _amount("memory", cell.memory_bytes, budget.memory_bytes, show_bytes)
+    if budget.energy_j is not None:
+        yield _amount("energy", cell.energy_j, budget.energy_j, "{:.3g} J".format)
+    if budget.size_bytes is not None:
+        yield _amount("size", artifact.size_bytes, budget.size_bytes, show_bytes)
+    if budget.min_top1 is not None:
+        yield _floor(candidate.accuracy, budget.min_top1)
+
+
+def combined(found: list[Check]) -> Status:
+    """Met where all are, missed where one is, else open."""
+    if any(check.status == "missed" for check in found):
+        return "missed"
+    return "open" if any(check.status == "open" for check in found) else "met"
+
+
+def _all_over(candidate: Candidate, limit: LatencyLimit, confidence: float) -> bool:
+    """Whether every call was over the limit, which is proof enough however dependent they are.
+
+    Were the percentile within the limit, already the first call would be over it with no more than the probability
+    that the confidence leaves for an error.
+    """
+    samples = candidate.cell.latency_s
+    return 1 - limit.percentile <= 1 - confidence + 1e-9 and min(samples) > limit.limit_s
+
+
+def _latency(candidate: Candidate, limit: LatencyLimit, confidence: float) -> Check:
+    samples, name = candidate.cell.latency_s, limit.name
+    excess = candidate.estimate_s(limit.percentile) / limit.limit_s
+    most = f"over {show_seconds(limit.limit_s)}"
+    if _all_over(candidate, limit, confidence):
+        fastest = f"the fastest of {len(samples)} calls took {show_seconds(min(samples))}"
+        return Check(
+            name, "missed", f"{name} {most}: {show_seconds(candidate.estimate_s(limit.percentile))}, {fastest}", excess
+        )
+    found = candidate.bounds(limit.percentile, confidence)
+    if found.upper is not None and found.upper <= limit.limit_s:
+        return Check(name, "met", f"{name} at most {show_seconds(found.upper)}", found.upper / limit.limit_s)
+    if found.lower is not None and found.lower > limit.limit_s:
+        shown = f"{show_seconds(found.estimate)}, at least {show_seconds(found.lower)}"
+        return Check(name, "missed", f"{name} {most}: {shown}", excess)
+    return _open(candidate, limit, found, confidence)
+
+
+def _open(candidate: Candidate, limit: LatencyLimit, found: Bounds, confidence: float) -> Check:
+    """A percentile that may be on either side of its limit."""
+    samples, name = candidate.cell.latency_s, limit.name
+    over = sum(value > limit.limit_s for value in samples)
+    text = f"{name} {show_seconds(found.estimate)}, {over} of {len(samples)} calls over {show_seconds(limit.limit_s)}"
+    excess = (found.upper or found.estimate) / limit.limit_s
+    if found.why_not is not None:
+        text += f"; {found.why_not}"
+    elif found.upper is not None:
+        text += f"; with {show_percent(confidence, 0)} confidence no more than {show_seconds(found.upper)}"
+    if found.spread:
+        text += f" (processes differ by {show_percent(found.spread)})"
+    return Check(name, "open", text, excess, _more(found, over / len(samples), confidence))
+
+
+def _more(found: Bounds, share: float, confidence: float) -> int | None:
+    """How many more samples would settle it if as many of them were slow; None where they would not."""
+    if share >= 1 - found.level:
+        return None
+    misses, needed = 0, samples_needed(found.level, confidence)
+    while share * needed > misses:
+        misses += max(1, misses // 8)
+        needed = samples_needed(found.level, confidence, misses)
+    more = math.ceil(needed * found.n / found.n_effective) - found.n
+    # Enough samples, too few processes: their spread is known no better than twice as many of them would tell.
+    return more if more > 0 else found.n
+
+
+def _throughput(cell: Cell, limit: float, confidence: float) -> Check:
+    found = mean_bounds(cell.latency_s, cell.process, confidence)
+    mean = sum(cell.latency_s) / len(cell.latency_s)
+    rate = cell.batch / mean
+    text, excess = f"throughput {rate:.3g}/s", limit / rate
+    if found is None:
+        return Check("throughput", "open", f"{text}, from one process", excess, len(cell.latency_s))
+    fastest = cell.batch / found[0] if found[0] > 0 else math.inf
+    slowest = cell.batch / found[1]
+    if slowest >= limit:
+        return Check("throughput", "met", f"{text}, at least {slowest:.3g}/s", excess)
+    if fastest < limit:
+        return Check("throughput", "missed", f"{text}, at most {fastest:.3g}/s, below {limit:.3g}/s", excess)
+    return Check("throughput", "open", f"{text}, {slowest:.3g} to {fastest:.3g}/s", excess, len(cell.latency_s))
+
+
+def _amount(name: str, value: float | None, limit: float, show: Callable[[float], str]) -> Check:
+    if value is None:
+        return Check(name, "missed", f"{name} was not measured", math.inf)
+    status: Status = "met" if value <= limit else "missed"
+    relation = "within" if status == "met" else "over"
+    excess = value / limit if limit > 0 else math.inf
+    return Check(name, status, f"{name} {show(value)}, {relation} {show(limit)}", excess)
+
+
+def _floor(accuracy: AccuracyRow | None, floor: float) -> Check:
+    if accuracy is None:
+        return Check("top-1", "missed", "no accuracy measured of these weights", math.inf)
+    interval = f"{show_percent(accuracy.lower)} .. {show_percent(accuracy.upper)}"
+    text, excess = f"top-1 {show_percent(accuracy.top1)} ({interval})", (1 - accuracy.lower) / max(1e-9, 1 - floor)
+    if accuracy.lower >= floor:
+        return Check("top-1", "met", text, excess)
+    if accuracy.upper < floor:
+        return Check("top-1", "missed", f"{text}, below {show_percent(floor)}", excess)
+    text += f", not surely {show_percent(floor)} on {accuracy.n} images"
+    return Check("top-1", "open", text, excess)

@@ -1,0 +1,150 @@
+"""`pick`: the most accurate subnet that meets a budget on a device, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydradeploy.bundle import AccuracyRow, Bundle, open_bundle, read_accuracy
+from hydradeploy.devices import Machine, machine
+from hydradeploy.errors import ExitCode, ForeignError, InvalidError, UsageError
+from hydradeploy.measurements import Conditions, Stored, read_profile, read_profiles
+from hydradeploy.selector.advice import knobs, notes
+from hydradeploy.selector.answer import Answer, Picked, picked, rejected
+from hydradeploy.selector.budget import DEFAULT_LEVEL, PREFERENCES, Budget, Preference
+from hydradeploy.selector.choose import Rules, choose, judged
+from hydradeploy.selector.join import candidates, check_measured, profile_of, rows_of
+from hydradeploy.selector.judge import Candidate
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a bundle, whatever the device. `prefer` None is accuracy, or latency where the budget is only a
+    floor of accuracy; `dataset` None is the one evaluated last."""
+
+    budget: Budget
+    prefer: Preference | None = None
+    accept: tuple[str, ...] = ()
+    strict: bool = False
+    assume_larger_is_better: bool = False
+    dataset: str | None = None
+
+    @property
+    def rules(self) -> Rules:
+        prefer = self.prefer or ("latency" if self.budget.only_a_floor else "accuracy")
+        return Rules(prefer, self.accept, self.strict, self.assume_larger_is_better)
+
+
+def pick(bundle: Path, profiles: Path, request: Request, *, profile: Path | None = None) -> Answer:
+    """The best measured cell of a bundle that meets the budget, from the newest profile of this device.
+
+    `profile` names one, which may be of another device: that is planning. Raises UsageError (no bundle, no budget, no
+    such profile), ForeignError (no profile of this device or of these graphs), IntegrityError (a damaged file).
+    """
+    _check(request)
+    opened = open_bundle(bundle, "manifest")
+    rows = rows_of(read_accuracy(opened), opened.manifest.artifacts, request.dataset)
+    here = machine()
+    if profile is not None:
+        stored = read_profile(profile)
+        return _answer(opened, rows, stored, request, _now(stored, here), ())
+    stored, others = profile_of(profiles, here.identity())
+    return _answer(opened, rows, stored, request, _now(stored, here), others)
+
+
+def pick_all(bundle: Path, profiles: Path, request: Request) -> tuple[Answer, ...]:
+    """One answer per profile that measured graphs of the bundle, newest first.
+
+    Raises what `pick` raises, and ForeignError where no profile did.
+    """
+    _check(request)
+    opened = open_bundle(bundle, "manifest")
+    rows = rows_of(read_accuracy(opened), opened.manifest.artifacts, request.dataset)
+    here, artifacts = machine(), opened.manifest.artifacts
+    answers = tuple(
+        _answer(opened, rows, stored, request, _now(stored, here), ())
+        for stored in read_profiles(profiles)
+        if candidates(artifacts, rows, stored.profile)
+    )
+    if not answers:
+        raise ForeignError(
+            f"{profiles}: no profile of the graphs in {bundle}", hint="measure this bundle: hydradeploy profile"
+        )
+    return answers
+
+
+def exit_code(answers: Sequence[Answer]) -> ExitCode:
+    """0 where every answer is a pick; else 4 where one is inconclusive, 3 where one is infeasible."""
+    verdicts = {answer.verdict for answer in answers}
+    if "inconclusive" in verdicts:
+        return ExitCode.INCONCLUSIVE
+    return ExitCode.INFEASIBLE if "infeasible" in verdicts else ExitCode.OK
+
+
+def _check(request: Request) -> None:
+    if request.prefer is not None and request.prefer not in PREFERENCES:
+        raise UsageError(f"cannot prefer {request.prefer!r}", hint=f"one of {', '.join(PREFERENCES)}")
+    if request.budget == Budget(confidence=request.budget.confidence) and request.prefer is None:
+        raise UsageError("no budget given", hint="for example hydradeploy pick --latency 20ms")
+    if not 0.5 <= request.budget.confidence < 1:
+        raise UsageError(f"confidence {request.budget.confidence} is not possible", hint="from 50% to below 100%")
+
+
+def _now(stored: Stored, here: Machine) -> Conditions | None:
+    """The present conditions of the profile's device, None where it is not this one."""
+    return None if stored.profile.device.differences(here.identity()) else here.conditions({})
+
+
+def _answer(
+    bundle: Bundle,
+    rows: Sequence[AccuracyRow],
+    stored: Stored,
+    request: Request,
+    now: Conditions | None,
+    others: Sequence[Stored],
+) -> Answer:
+    artifacts = bundle.manifest.artifacts
+    found = candidates(artifacts, rows, stored.profile)
+    check_measured(found, stored, artifacts, bundle.path)
+    budget, rules = request.budget, request.rules
+    if rules.needs_accuracy(budget) and all(candidate.accuracy is None for candidate in found):
+        raise UsageError(
+            f"{bundle.path}: no accuracy of these artifacts is known" + _other_weights(bundle),
+            hint="hydradeploy evaluate --data D; or order by size with --assume-larger-is-better",
+        )
+    if rules.strict and all(candidate.cell.flags or candidate.cell.error for candidate in found):
+        flags = sorted({flag for candidate in found for flag in candidate.cell.flags})
+        raise InvalidError(
+            f"{stored.path}: no clean measurement of these artifacts ({', '.join(flags) or 'every cell failed'})",
+            hint="measure again undisturbed, or pick without --strict",
+        )
+    choice = choose(found, budget, rules)
+    level = budget.latency[0].percentile if budget.latency else DEFAULT_LEVEL
+    shown = {name: _shown(getattr(choice, name), budget, level) for name in ("pick", "runner_up", "cheaper", "nearest")}
+    judgements = [(candidate, judged(candidate, budget, rules)) for candidate in found if candidate is not choice.pick]
+    nearest = next((checks for candidate, checks in judgements if candidate is choice.nearest), [])
+    elsewhere = [(other, candidates(artifacts, rows, other.profile)) for other in others]
+    return Answer(
+        verdict=choice.verdict,
+        device_here=now is not None,
+        profile=str(stored.path),
+        device=stored.profile.device.name,
+        budget=budget,
+        prefer=rules.prefer,
+        more_samples=max((check.more for check in nearest if check.more is not None), default=None),
+        knobs=() if choice.pick is not None else tuple(knobs(found, budget, rules, elsewhere)),
+        notes=tuple(notes(found, choice, stored, now, rules, level)),
+        rejected=tuple(r for candidate, checks in judgements if (r := rejected(candidate, checks)) is not None),
+        **shown,
+    )
+
+
+def _shown(candidate: Candidate | None, budget: Budget, level: float) -> Picked | None:
+    return None if candidate is None else picked(candidate, budget, level)
+
+
+def _other_weights(bundle: Bundle) -> str:
+    known = {artifact.sha256 for artifact in bundle.manifest.artifacts}
+    others = [row for row in read_accuracy(bundle) if row.sha256 not in known]
+    return f": accuracy.json has {len(others)} rows, all of other weights" if others else ""
