@@ -1,6 +1,8 @@
-"""Labelled images: scikit-learn's digits, image folders, .npz files.
+"""Labelled images: scikit-learn's digits, generated glyphs, image folders, .npz files.
 
 digits            1,797 scans of handwritten digits, 8 x 8 pixels, grey; in the `train` extra
+glyphs            48,600 generated images of printed characters in 36 classes, 24 x 24 pixels, grey, drawn in the fonts
+                  of matplotlib; in the `train` extra
 FOLDER            one folder per class, below FOLDER/train, FOLDER/val, FOLDER/test or in FOLDER itself
 FILE.npz          images uint8 (n, h, w) or (n, h, w, channels), labels (n,), optional class_names; for several
                   splits train_images, train_labels and so on
@@ -18,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hydradeploy.data import glyphs
 from hydradeploy.data.preprocess import open_image, prepare
 from hydradeploy.errors import InputError, MissingError, UsageError
 from hydradeploy.spec import Spec
 
-BUILT_IN = ("digits",)
+BUILT_IN = ("digits", "glyphs")
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -71,14 +74,18 @@ def open_dataset(source: str, split: Split) -> Dataset:
     A folder or file without splits serves as `test`. Raises UsageError when there is no such thing, InputError when it
     holds no usable images and labels, MissingError when the package that brings it is not installed.
     """
-    if source in BUILT_IN:
+    if source == "digits":
         return _digits(split)
+    if source == "glyphs":
+        return _glyphs(split)
     path = Path(source)
     if path.is_dir():
         return _folder(path, split)
     if path.is_file():
         return _npz(path, split)
-    raise UsageError(f"{source}: no such data set", hint="digits, a folder with a folder per class, or an .npz file")
+    raise UsageError(
+        f"{source}: no such data set", hint=f"{', '.join(BUILT_IN)}, a folder with a folder per class, or an .npz file"
+    )
 
 
 def spread(total: int, count: int) -> NDArray[np.int64]:
@@ -103,6 +110,11 @@ def _digits(split: Split) -> Dataset:
     images = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)
     labels = np.asarray(digits.target[order], np.int64)
     return Dataset("digits", split, tuple("0123456789"), labels, lambda i: Image.fromarray(images[i]))
+
+
+def _glyphs(split: Split) -> Dataset:
+    fonts = glyphs.fonts(split)
+    return Dataset("glyphs", split, glyphs.CLASSES, glyphs.labels(split), lambda i: glyphs.draw(split, fonts, i))
 
 
 def _folder(path: Path, split: Split) -> Dataset:

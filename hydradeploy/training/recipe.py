@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import msgspec
 
@@ -93,6 +94,14 @@ DIGITS = Preset(
     recipe=Recipe(epochs=70, batch_size=32, label_smoothing=0.05, ema_decay=0.99, shift=0.07),
 )
 
+# Chosen so that a supernet trains in about a quarter of an hour on one core and every few heads more pay. Patches of 6
+# pixels, not 4, leave 16 tokens instead of 36: that time is better spent on more than twice the steps.
+GLYPHS = Preset(
+    geometry=msgspec.structs.replace(DIGITS.geometry, image_size=24, patch_size=6, classes=36),
+    preprocessing=Preprocessing(mean=(0.5,), std=(0.25,), crop_pct=1.0, interpolation="bilinear"),
+    recipe=Recipe(epochs=18, learning_rate=2e-3, warmup_epochs=1),
+)
+
 # For other data at small scale; image and patch size, width, depth and epochs are to be chosen to suit it.
 SMALL = Preset(
     geometry=msgspec.structs.replace(DIGITS.geometry, image_size=32, channels=3, head_dim=16, depth=6),
@@ -101,6 +110,9 @@ SMALL = Preset(
 )
 
 
+PRESETS: Mapping[str, Preset] = {"digits": DIGITS, "glyphs": GLYPHS}
+
+
 def preset_for(data: str) -> Preset:
     """The preset of a data set that has one, else the one for other data."""
-    return DIGITS if data == "digits" else SMALL
+    return PRESETS.get(data, SMALL)

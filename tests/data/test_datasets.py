@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydradeploy.data import datasets
-from hydradeploy.data.datasets import SPLITS, open_dataset
+from hydradeploy.data import datasets, samples
+from hydradeploy.data.datasets import BUILT_IN, SPLITS, open_dataset
 from hydradeploy.data.preprocess import load_image
 from hydradeploy.errors import InputError, MissingError, UsageError
 from tests.conftest import geometry, require, spec
@@ -153,7 +153,15 @@ def test_a_file_that_is_no_archive_is_refused_by_name(tmp_path, content):
 def test_a_source_that_is_not_there_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no such data set") as refused:
         open_dataset(str(tmp_path / "none"), "test")
-    assert "digits" in str(refused.value.hint)
+    assert str(refused.value.hint).startswith("digits, glyphs, a folder")
+
+
+def test_every_data_set_that_is_built_in_opens_and_gives_samples():
+    require("sklearn")
+    require("matplotlib")
+    for name in BUILT_IN:
+        assert all(open_dataset(name, split).name == name for split in SPLITS)
+        assert samples.read(name, spec(geometry(channels=1)), 3).images.shape == (3, 32, 32, 1)
 
 
 def test_labels_go_by_name_where_both_sides_have_the_same_names_else_by_position(tmp_path):
