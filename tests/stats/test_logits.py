@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from hydradeploy.stats.logits import agreement
-from hydradeploy.stats.proportions import wilson
 
 # Whole numbers and tolerances that are powers of two: every sum and product is exact, in fp32 too.
 LOGITS = st.tuples(st.integers(1, 5), st.integers(1, 6)).flatmap(
@@ -105,27 +104,3 @@ def test_shapes_that_differ_or_are_no_matrix_are_refused_with_both(one, other):
         agreement(np.ones(one, np.float32), np.ones(other, np.float32), 0.1)
     assert str(one) in str(refused.value)
     assert str(other) in str(refused.value)
-
-
-@given(total=st.integers(1, 2000), share=st.floats(0, 1), confidence=st.sampled_from([0.8, 0.95, 0.99]))
-def test_the_interval_of_a_proportion_is_scipys(total, share, confidence):
-    from scipy.stats import binomtest
-
-    correct = round(total * share)
-    expected = binomtest(correct, total).proportion_ci(confidence, method="wilson")
-    low, high = wilson(correct, total, confidence)
-    assert low == pytest.approx(expected.low, abs=1e-9)
-    assert high == pytest.approx(expected.high, abs=1e-9)
-    assert 0 <= low <= correct / total <= high <= 1
-
-
-def test_the_interval_of_a_proportion_is_that_of_the_books():
-    """Brown, Cai and DasGupta, Statistical Science 16 (2001): five of ten is 0.2366 to 0.7634."""
-    assert wilson(5, 10) == pytest.approx((0.23659, 0.76341), abs=5e-6)
-    assert wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=5e-6)
-
-
-@pytest.mark.parametrize(("correct", "total", "confidence"), [(1, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)])
-def test_there_is_no_interval_for_what_is_no_proportion(correct, total, confidence):
-    with pytest.raises(ValueError, match="no interval"):
-        wilson(correct, total, confidence)

@@ -1,0 +1,451 @@
+"""Bounds of latency: what they are made of, and what they do with few, odd and hostile samples."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import product
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from scipy.stats import chi2, nct
+
+from hydradeploy.stats.latency import (
+    ENOUGH_PROCESSES,
+    MOST_SPREAD,
+    Bounds,
+    autocorrelation_time,
+    bounds,
+    n_effective,
+    tolerance_factor,
+)
+from hydradeploy.stats.order import lower_rank, quantile, samples_needed, upper_rank
+
+LATENCIES = st.floats(1e-6, 10) | st.integers(1, 20).map(lambda ms: ms / 1000)
+CELLS = st.lists(st.lists(LATENCIES, min_size=1, max_size=30), min_size=1, max_size=8)
+LEVELS = st.sampled_from([0.5, 0.75, 0.9, 0.95, 0.99, 0.999])
+CONFIDENCES = st.sampled_from([0.8, 0.9, 0.95, 0.99])
+
+
+def bounds_of(chains, level=0.95, confidence=0.95) -> Bounds:
+    samples = [value for chain in chains for value in chain]
+    return bounds(samples, [i for i, chain in enumerate(chains) for _ in chain], level, confidence)
+
+
+def alternating(processes, samples):
+    """Chains whose neighbours are as unlike as can be, so that every sample is worth one; all values differ."""
+    values = iter(1 + i * 1e-6 for i in range(processes * samples))
+    low = [[next(values) for _ in range(samples)] for _ in range(processes)]
+    return [[value + 0.01 * (i % 2) for i, value in enumerate(chain)] for chain in low]
+
+
+def ar1(phi, processes, samples, seed=0):
+    """Gaussian AR(1) chains of variance 1, stationary from the first sample on."""
+    z = np.random.default_rng(seed).standard_normal((samples, processes))
+    for i in range(1, samples):
+        z[i] = phi * z[i - 1] + math.sqrt(1 - phi * phi) * z[i]
+    return z.T.tolist()
+
+
+def steady(processes=5, samples=100, sigma=0.05, seed=0):
+    """Independent log-normal latencies of processes that do not differ."""
+    draw = random.Random(seed)
+    return [[draw.lognormvariate(-4, sigma) for _ in range(samples)] for _ in range(processes)]
+
+
+def words(text):
+    return text.replace(",", "").split()
+
+
+# --- tolerance factors ---
+
+
+@pytest.mark.parametrize(("content", "confidence"), [*product((0.5, 0.9, 0.95, 0.99), (0.9, 0.95, 0.99))])
+def test_tolerance_factors_are_quantiles_of_the_noncentral_t_distribution(content, confidence):
+    for n in range(2, 51):
+        wanted = nct.ppf(confidence, n - 1, NormalDist().inv_cdf(content) * math.sqrt(n)) / math.sqrt(n)
+        assert tolerance_factor(n, content, confidence) == pytest.approx(wanted, rel=1e-5), n
+
+
+@pytest.mark.parametrize(("n", "factor"), [(3, 7.656), (5, 4.203), (10, 2.911)])
+def test_tolerance_factors_are_those_of_the_books(n, factor):
+    """ISO 16269-6, one-sided, standard deviation unknown, content 95 %, confidence 95 %."""
+    assert tolerance_factor(n, 0.95, 0.95) == pytest.approx(factor, abs=6e-4)
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 6.3138), (5, 2.1318), (10, 1.8331), (31, 1.6973)])
+def test_the_tolerance_factor_of_a_median_is_students_t(n, t):
+    assert tolerance_factor(n, 0.5, 0.95) == pytest.approx(t / math.sqrt(n), rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [-1, 0, 1])
+def test_one_sample_has_no_tolerance_factor(n):
+    with pytest.raises(ValueError, match="standard deviation"):
+        tolerance_factor(n, 0.95, 0.95)
+
+
+# --- dependence ---
+
+
+@pytest.mark.parametrize("phi", [0.3, 0.5, 0.7, 0.9])
+def test_the_autocorrelation_time_of_long_ar1_chains_is_the_known_one(phi):
+    found = autocorrelation_time(ar1(phi, 5, 8000))
+    assert found == pytest.approx((1 + phi) / (1 - phi), rel=0.15)
+
+
+@pytest.mark.parametrize("phi", [0.5, 0.8])
+@pytest.mark.parametrize("samples", [20, 50, 100])
+def test_short_chains_do_not_hide_their_dependence(phi, samples):
+    """Centring short chains biases autocorrelations downwards; on average less than a quarter of the time is lost."""
+    found = [autocorrelation_time(ar1(phi, 10, samples, seed)) for seed in range(60)]
+    assert sum(found) / len(found) > 0.75 * (1 + phi) / (1 - phi)
+
+
+def test_independent_samples_are_mostly_worth_all_of_themselves():
+    times = [autocorrelation_time(ar1(0, 5, 100, seed)) for seed in range(200)]
+    assert sum(time == 1 for time in times) >= 180
+    assert max(times) < 2
+
+
+@pytest.mark.parametrize("phi", [-0.3, -0.9])
+def test_samples_that_alternate_are_worth_no_more_than_independent_ones(phi):
+    assert autocorrelation_time(ar1(phi, 5, 500)) == 1
+
+
+@given(CELLS.map(lambda chains: [[chain[0]] * len(chain) for chain in chains]))
+def test_constant_chains_have_no_dependence_whatever_their_levels(chains):
+    """Their centred values are zeros or the last bit of a mean."""
+    assert autocorrelation_time(chains) == pytest.approx(1)
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=1, max_size=12), min_size=1, max_size=12))
+@example([[0.0, 0.0, 1.0, 1.0], *[[5.0]] * 8])
+@example([[0.0] * 3 + [1.0] * 3, *[[5.0]] * 30])
+def test_the_autocorrelation_time_is_finite_and_at_least_one_whatever_the_lengths(chains):
+    assert 1 <= autocorrelation_time(chains) < math.inf
+
+
+@given(CELLS, st.floats(-5, 5))
+def test_the_level_of_a_process_is_no_dependence(chains, shift):
+    """Powers of two and whole numbers: every sum is exact."""
+    whole = [[float(round(1000 * value)) for value in chain] for chain in chains]
+    moved = [[value + 1024 * round(shift) * i for value in chain] for i, chain in enumerate(whole)]
+    assert autocorrelation_time(moved) == pytest.approx(autocorrelation_time(whole), rel=1e-6)
+
+
+@pytest.mark.parametrize("transform", [lambda v: v**3, lambda v: 2.0**v, lambda v: -1 / v, lambda v: 7 * v - 1000])
+@given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=40), min_size=1, max_size=5), LEVELS)
+def test_what_samples_are_worth_depends_on_their_order_only(transform, chains, level):
+    transformed = [[float(transform(value)) for value in chain] for chain in chains]
+    assert n_effective(transformed, level) == n_effective([[float(v) for v in chain] for chain in chains], level)
+
+
+@pytest.mark.parametrize(("phi", "most"), [(0.5, 0.45), (0.9, 0.1)])
+def test_dependent_samples_are_worth_the_fewer_the_more_dependent(phi, most):
+    chains = [[math.exp(0.05 * value) for value in chain] for chain in ar1(phi, 5, 1000)]
+    assert n_effective(chains, 0.95) < most * 5000
+
+
+def test_bursts_of_slow_calls_are_dependence_though_the_ranks_hardly_show_it():
+    """Independent but for one burst of five slow calls per process: few ranks move, slow calls follow each other."""
+    chains = steady(5, 100)
+    for chain in chains:
+        chain[40:45] = [value * 3 for value in chain[40:45]]
+    ordered = sorted(value for chain in chains for value in chain)
+    ranks = [[ordered.index(value) for value in chain] for chain in chains]
+    assert autocorrelation_time(ranks) < 1.5
+    assert n_effective(chains, 0.95) < 100
+    for i, chain in enumerate(chains):
+        random.Random(i).shuffle(chain)
+    assert n_effective(chains, 0.95) > 400
+
+
+def test_weak_but_lasting_dependence_counts_in_full():
+    """AR(1) of 0.9 under as much white noise: autocorrelations 0.5 * 0.9^k, of which the first alone tells little."""
+    chains = np.array(ar1(0.9, 5, 8000)) + np.random.default_rng(1).standard_normal((5, 8000))
+    assert autocorrelation_time(chains.tolist()) == pytest.approx(1 + 2 * 0.5 * 9, rel=0.2)
+
+
+def test_bursts_are_seen_at_levels_that_leave_no_sample_above():
+    """500 samples, the slowest ten of them in pairs: the quantile of 0.999 is the maximum and nothing exceeds it."""
+    chains = steady(5, 100)
+    for chain in chains:
+        chain[40:42] = [value * 3 for value in chain[40:42]]
+    assert n_effective(chains, 0.999) < 250
+
+
+# --- bounds ---
+
+
+@pytest.mark.parametrize(
+    ("samples", "process"),
+    [
+        ([], []),
+        ([0.01], []),
+        ([], [0]),
+        ([0.01, 0.02], [0]),
+        ([0.01], [0, 0]),
+        ([0.0], [0]),
+        ([0.01, -0.01], [0, 0]),
+        ([0.01, math.nan], [0, 0]),
+        ([math.inf, 0.01], [0, 0]),
+        ([-math.inf], [0]),
+    ],
+)
+def test_there_are_no_bounds_of_what_is_no_sample_of_latencies(samples, process):
+    with pytest.raises(ValueError, match="latencies must be positive and finite"):
+        bounds(samples, process, 0.95, 0.95)
+
+
+@pytest.mark.parametrize(("level", "confidence"), [(0, 0.95), (1, 0.95), (0.95, 0), (0.95, 1), (95, 0.95), (0.95, 95)])
+def test_several_processes_have_no_bounds_at_what_is_no_level_or_no_confidence(level, confidence):
+    with pytest.raises((ValueError, IndexError)):
+        bounds_of(steady(), level, confidence)
+
+
+@given(CELLS, LEVELS, CONFIDENCES)
+def test_whatever_the_samples_the_bounds_are_in_order_and_tell_why_one_is_missing(chains, level, confidence):
+    found = bounds_of(chains, level, confidence)
+    samples = [value for chain in chains for value in chain]
+    assert found.level == level
+    assert found.estimate == quantile(sorted(samples), level)
+    assert (found.n, found.processes) == (len(samples), len(chains))
+    assert 0 < found.n_effective <= found.n
+    assert (found.spread is None) == (found.processes == 1)
+    assert found.assumes_independence == (found.processes < ENOUGH_PROCESSES)
+    assert (found.why_not is None) == (found.upper is not None)
+    if found.lower is not None:
+        assert 0 < found.lower <= found.estimate
+    if found.upper is not None:
+        assert found.estimate <= found.upper < math.inf
+        assert found.n_effective >= samples_needed(level, confidence)
+
+
+@given(
+    st.integers(0, 1000), st.integers(2, 8), st.integers(1, 120), st.sampled_from([0, 0.05, 0.2]), LEVELS, CONFIDENCES
+)
+def test_bounds_of_plausible_latencies_are_in_order(seed, processes, samples, spread, level, confidence):
+    draw = random.Random(seed)
+    chains = [
+        [draw.lognormvariate(move, 0.1) for _ in range(samples)]
+        for move in [draw.gauss(0, spread) for _ in range(processes)]
+    ]
+    found = bounds_of(chains, level, confidence)
+    lower = -math.inf if found.lower is None else found.lower
+    upper = math.inf if found.upper is None else found.upper
+    assert lower <= found.estimate <= upper
+    assert (found.why_not is None) == (found.upper is not None)
+
+
+@pytest.mark.parametrize(
+    ("level", "confidence", "steps"),
+    [
+        (0.95, 0.95, (2, 2, 29)),
+        (0.9, 0.9, (2, 2, 29)),
+        (0.9, 0.8, (2, 2, 29)),
+        (0.5, 0.5, (1, 21)),
+    ],
+)
+def test_the_lower_bound_of_samples_worth_about_one_is_not_above_the_estimate(level, confidence, steps):
+    """Chains of 30 that rise in one step: of a single independent sample even the largest bounds from below."""
+    rise = [i * 1e-3 for i in range(30)]
+    chains = [[1 + rise[i] if i < step else 1.1 + rise[i - step] for i in range(30)] for step in steps]
+    found = bounds_of(chains, level, confidence)
+    assert 1 <= found.n_effective < 1 / level
+    assert found.lower <= found.estimate <= (found.upper or math.inf)
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(-5, 99), min_size=5, max_size=5, unique=True))
+def test_the_numbers_of_the_processes_do_not_matter(seed, numbers):
+    samples = [value for chain in steady(5, 30, 0.2, seed) for value in chain]
+    process = [i // 30 for i in range(150)]
+    assert bounds(samples, [numbers[i] for i in process], 0.9, 0.95) == bounds(samples, process, 0.9, 0.95)
+
+
+def test_the_order_of_the_processes_does_not_matter():
+    chains = [[value * (1 + i / 50) for value in chain] for i, chain in enumerate(steady())]
+    forwards, backwards = bounds_of(chains), bounds_of(chains[::-1])
+    assert forwards.upper == pytest.approx(backwards.upper, rel=1e-12)
+    assert forwards.lower == pytest.approx(backwards.lower, rel=1e-12)
+    assert forwards.n_effective == pytest.approx(backwards.n_effective, rel=1e-12)
+
+
+def test_samples_of_processes_that_take_turns_belong_to_their_processes():
+    """Interleaved, each process's samples in order: as if the processes had run one after the other."""
+    chains = [[value * (1 + i / 50) for value in chain] for i, chain in enumerate(steady(5, 40))]
+    turns = [value for values in zip(*chains, strict=True) for value in values]
+    assert bounds(turns, [0, 1, 2, 3, 4] * 40, 0.95, 0.95) == bounds_of(chains)
+
+
+@given(st.integers(0, 1000), st.sampled_from([0, 0.05, 0.2]), st.floats(1e-4, 1e4))
+def test_bounds_scale_with_the_latencies(seed, spread, factor):
+    draw = random.Random(seed)
+    moves = [draw.gauss(0, spread) for _ in range(6)]
+    chains = [[draw.lognormvariate(move, 0.1) for _ in range(30)] for move in moves]
+    one, other = bounds_of(chains), bounds_of([[value * factor for value in chain] for chain in chains])
+    assert other.estimate == pytest.approx(factor * one.estimate, rel=1e-9)
+    assert other.lower == (None if one.lower is None else pytest.approx(factor * one.lower, rel=1e-6))
+    assert other.upper == (None if one.upper is None else pytest.approx(factor * one.upper, rel=1e-6))
+    assert other.n_effective == one.n_effective
+
+
+@pytest.mark.parametrize(("level", "confidence"), [*product((0.5, 0.9, 0.95), (0.9, 0.95))])
+@pytest.mark.parametrize("samples", [20, 40, 100])
+def test_of_processes_that_do_not_differ_the_bounds_are_the_order_statistics(level, confidence, samples):
+    chains = alternating(5, samples)
+    ordered = sorted(value for chain in chains for value in chain)
+    found = bounds_of(chains, level, confidence)
+    assert (found.n_effective, found.spread) == (5 * samples, 0)
+    assert found.upper == ordered[upper_rank(5 * samples, level, confidence) - 1]
+    assert found.lower == ordered[lower_rank(5 * samples, level, confidence) - 1]
+
+
+@pytest.mark.parametrize(("level", "needed"), [(0.9, 29), (0.95, 59), (0.99, 299)])
+def test_one_sample_too_few_gives_no_upper_bound_and_says_how_many_it_takes(level, needed):
+    chains = alternating(2, needed // 2)
+    too_few = bounds_of(chains, level)
+    assert too_few.n_effective == needed - 1
+    assert too_few.upper is None
+    assert str(needed) in words(too_few.why_not)
+    assert str(needed - 1) in words(too_few.why_not)
+    chains[0].append(1.001)
+    assert bounds_of(chains, level).upper == max(value for chain in chains for value in chain)
+
+
+def test_dependent_samples_that_are_worth_too_little_give_no_upper_bound_though_there_are_many():
+    chains = [[math.exp(0.05 * value) for value in chain] for chain in ar1(0.97, 5, 100)]
+    found = bounds_of(chains)
+    assert found.n == 500 > 5 * found.n_effective
+    assert found.upper is None
+    assert "59" in words(found.why_not)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 59, 1000])
+def test_one_process_gives_no_bound_and_says_that_it_is_one(samples):
+    found = bounds_of(steady(1, samples))
+    assert (found.lower, found.upper, found.spread, found.processes) == (None, None, None, 1)
+    assert "one process" in found.why_not
+
+
+def test_a_single_sample_is_its_own_estimate_and_bounds_nothing():
+    assert bounds([0.02], [7], 0.95, 0.95) == Bounds(
+        level=0.95,
+        estimate=0.02,
+        lower=None,
+        upper=None,
+        n=1,
+        n_effective=1,
+        processes=1,
+        spread=None,
+        why_not="one process says nothing about the next one",
+    )
+
+
+@pytest.mark.parametrize(("processes", "assumes"), [(1, True), (2, True), (4, True), (5, False), (10, False)])
+def test_fewer_than_five_processes_take_independence_on_trust(processes, assumes):
+    assert bounds_of(steady(processes, 40)).assumes_independence is assumes
+
+
+@pytest.mark.parametrize("processes", [2, 5, 10])
+def test_processes_too_far_apart_give_no_bound_and_say_so(processes):
+    """Levels a factor of 4 apart from one to the next."""
+    chains = [[value * 4**i for value in chain] for i, chain in enumerate(steady(processes))]
+    found = bounds_of(chains)
+    assert (found.lower, found.upper) == (None, None)
+    assert found.spread > 2 * MOST_SPREAD
+    assert f"{processes} processes differ by {found.spread:.0%}" in found.why_not
+
+
+def test_the_spread_is_the_deviation_of_the_levels_not_of_the_samples():
+    levels = [-0.2, -0.1, 0, 0.1, 0.2]
+    chains = [[math.exp(level) * value for value in alternating(1, 200)[0]] for level in levels]
+    assert bounds_of(chains).spread == pytest.approx(np.std(levels, ddof=1), rel=1e-3)
+    assert bounds_of(steady(10, 20, sigma=0.3)).spread < 0.1
+
+
+def test_a_wider_spread_of_the_processes_gives_a_wider_interval():
+    def at(spread):
+        levels = [1 + spread * i for i in (-2, -1, 0, 1, 2)]
+        return bounds_of([[level * value for value in chain] for level, chain in zip(levels, steady(), strict=True)])
+
+    none, little, much = at(0), at(0.02), at(0.1)
+    assert none.upper < little.upper < much.upper
+    assert none.lower > little.lower > much.lower
+
+
+def test_the_bound_for_the_next_process_is_beyond_every_process_seen_when_they_differ():
+    chains = [[(1 + i / 10) * value for value in chain] for i, chain in enumerate(alternating(5, 40))]
+    found = bounds_of(chains)
+    assert found.upper > max(max(chain) for chain in chains)
+    assert found.lower < quantile(sorted(chains[2]), 0.95)
+
+
+@given(LATENCIES, st.integers(2, 8), st.integers(30, 60))
+def test_constant_samples_are_bounded_by_themselves(value, processes, samples):
+    """As a coarse timer gives them: the interval has no width."""
+    found = bounds_of([[value] * samples] * processes)
+    assert found.n_effective == processes * samples
+    assert found.estimate == value
+    assert found.spread == pytest.approx(0, abs=1e-12)
+    assert found.lower == pytest.approx(value, rel=1e-9)
+    assert found.upper == pytest.approx(value, rel=1e-9)
+
+
+@given(st.integers(0, 1000))
+def test_a_timer_that_knows_two_values_gives_bounds_among_them(seed):
+    draw = random.Random(seed)
+    chains = [[draw.choice((0.001, 0.001, 0.002)) for _ in range(40)] for _ in range(6)]
+    found = bounds_of(chains)
+    assert found.estimate == 0.002
+    assert found.upper is None or found.upper >= 0.002
+    assert found.lower is None or found.lower <= 0.002
+
+
+@pytest.mark.parametrize("factor", [2, 10, 1e3, 1e9])
+@pytest.mark.parametrize("place", range(12))
+def test_one_huge_outlier_is_within_the_upper_bound(factor, place):
+    """60 samples leave no miss to p95: the bound is at least the largest of them, whatever it is."""
+    chains = alternating(5, 12)
+    chains[3][place] *= factor
+    found = bounds_of(chains)
+    assert found.n_effective == 60
+    assert found.upper >= chains[3][place]
+
+
+@pytest.mark.parametrize("factor", [10, 1e9])
+def test_outliers_in_every_call_of_one_process_leave_no_bound(factor):
+    chains = alternating(5, 12)
+    chains[3] = [value * factor for value in chains[3]]
+    assert (bounds_of(chains).lower, bounds_of(chains).upper) == (None, None)
+
+
+@pytest.mark.parametrize("level", [0.999, 0.9999])
+def test_an_estimate_near_the_maximum_is_the_maximum_even_where_it_is_an_outlier(level):
+    chains = steady(5, 100)
+    chains[2][17] = 60.0
+    assert bounds_of(chains, level).estimate == 60
+
+
+@given(st.integers(0, 300), st.integers(0, 4), st.floats(1.01, 100))
+def test_slower_samples_give_no_smaller_estimate(seed, which, factor):
+    chains = steady(5, 30, 0.1, seed)
+    before = bounds_of(chains).estimate
+    chains[which] = [value * factor for value in chains[which]]
+    assert bounds_of(chains).estimate >= before
+
+
+@pytest.mark.parametrize("processes", [3, 5, 10])
+def test_bounds_end_where_nine_of_ten_cells_of_the_largest_spread_do(processes):
+    """The sample variance of levels is chi-squared: a spread of 0.3 is refused in one case of ten."""
+    limit = MOST_SPREAD * math.sqrt(chi2.ppf(0.9, processes - 1) / (processes - 1))
+    grid = np.arange(processes) - (processes - 1) / 2
+    for factor, given_ in ((0.97, True), (1.03, False)):
+        levels = np.exp(factor * limit * grid / grid.std(ddof=1))
+        found = bounds_of(
+            [[level * value for value in chain] for level, chain in zip(levels, steady(processes), strict=True)]
+        )
+        assert found.spread == pytest.approx(factor * limit, rel=0.02)
+        assert (found.upper is not None) == given_
