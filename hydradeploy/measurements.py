@@ -100,7 +100,7 @@ class Cell(Record, frozen=True, kw_only=True):
             raise ValueError(f"{self.artifact}: {len(self.latency_s)} samples of {len(self.process)} processes")
         if not self.latency_s and self.error is None:
             raise ValueError(f"{self.artifact}: neither samples nor an error")
-        if self.latency_s and not (min(self.latency_s) > 0 and max(self.latency_s) < math.inf):
+        if not all(0 < value < math.inf for value in self.latency_s):
             raise ValueError(f"{self.artifact}: latency_s must be positive and finite")
 
     @property
@@ -167,7 +167,9 @@ def add_profile(directory: Path, fresh: Profile) -> Stored:
         path = directory / (_file_name(fresh) + ("" if number == 1 else f"-{number}") + ".json")
         with locked(path, lambda _: None):
             before = read_profile(path).profile if path.exists() else None
-            if before is not None and (before.device, before.conditions) != (fresh.device, fresh.conditions):
+            if before is not None and (
+                before.device.differences(fresh.device) or before.conditions.differences(fresh.conditions)
+            ):
                 continue
             replaced = {cell.key for cell in fresh.cells}
             kept = [cell for cell in before.cells if cell.key not in replaced] if before else []

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hydradeploy import export, pack
+from hydradeploy import export, open_bundle, pack
 from tests.conftest import missing, write_supernet
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,8 @@ class Wall(importlib.abc.MetaPathFinder):
         return None
 
 sys.meta_path.insert(0, Wall())
+"""
+START = """
 sys.argv = ["hydradeploy", *sys.argv[1:]]
 from hydradeploy.cli import main
 main()
@@ -37,7 +40,7 @@ main()
 
 
 def without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", WALL, *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", WALL + START, *map(str, arguments)], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module", params=["bundle", "pack"])
@@ -69,6 +72,43 @@ def test_evaluate_needs_neither_torch_nor_onnx(on_device, labelled, tmp_path):
     ran = without_torch("evaluate", "--bundle", copy, "--data", labelled, "--json")
     assert ran.returncode == 0, ran.stderr
     assert all(row["n"] == 20 for row in json.loads(ran.stdout)["rows"])
+
+
+def profiled_and_picked(start: list[str], environment: Mapping[str, str], bundle: Path, directory: Path) -> str:
+    """Declare accuracy, profile and pick, with profiles in a directory; return the artifact named, picked or nearest.
+
+    The budget is so large that only noise between processes can keep the answer from being a pick.
+    """
+
+    def device(*arguments: object, codes: tuple[int, ...] = (0,)) -> dict:
+        command = [*start, *map(str, arguments), "--bundle", str(bundle), "--json"]
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory)
+        assert ran.returncode in codes, ran.stderr
+        return json.loads(ran.stdout)
+
+    artifacts = [artifact.name for artifact in open_bundle(bundle).manifest.artifacts]
+    rows = [f"{name},imagenet,0.8,50000" for name in artifacts]
+    (directory / "declared.csv").write_text("\n".join(["artifact,dataset,top1,n", *rows]) + "\n")
+    assert len(device("evaluate", "--declared", directory / "declared.csv")["rows"]) == len(artifacts)
+    chosen = ("--heads", artifacts[0][1:3].lstrip("0"), "--precision", artifacts[0].split("-")[1], "--threads", 1)
+    (cell,) = device("profile", *chosen)["cells"]
+    assert cell["error"] is None
+    assert len(cell["latency_s"]) >= 100
+    answer = device("pick", "--latency", "100s", codes=(0, 4))
+    assert answer["device_here"]
+    return (answer["pick"] or answer["nearest"])["artifact"]
+
+
+def test_profile_and_pick_need_neither_torch_nor_onnx(shared_bundle, tmp_path):
+    """The wall stands in the measuring processes too: Python imports sitecustomize at every start."""
+    (tmp_path / "wall").mkdir()
+    (tmp_path / "wall" / "sitecustomize.py").write_text(WALL)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "wall")}
+    walled = subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True, text=True)
+    assert "No module named 'torch'" in walled.stderr
+    copy = shutil.copytree(shared_bundle, tmp_path / "copy")
+    found = profiled_and_picked([sys.executable, "-m", "hydradeploy"], environment, copy, tmp_path)
+    assert found == "h02-fp32"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +168,12 @@ def test_verify_evaluate_and_run_work_from_the_wheel_on_python_3_10(on_device, o
     copy = shutil.copytree(on_device, tmp_path / "copy")
     assert json.loads(device("evaluate", "--bundle", copy, "--data", labelled, "--json"))["rows"]
     assert device("run", image.name, "--bundle", on_device).startswith(image.name)
+
+
+def test_profile_and_pick_work_from_the_wheel_on_python_3_10(shared_bundle, oldest, tmp_path):
+    packed = pack(shared_bundle, "h04-fp16", tmp_path / "packed").path
+    start = [str(OLDEST), "-W", "error", "-m", "hydradeploy"]
+    assert profiled_and_picked(start, oldest, packed, tmp_path) == "h04-fp16"
 
 
 @pytest.mark.parametrize("options", [{"batch": "dynamic"}, {"standalone": True}])

@@ -92,22 +92,28 @@ def test_the_formats_page_names_every_field_on_disk():
     import msgspec
 
     from hydradeploy.bundle import AccuracyFile, AccuracyRow, Artifact, FileRecord, Manifest, Parity, StoredTensor
+    from hydradeploy.measurements import Cell, Conditions, Device, Profile
     from hydradeploy.spec import Geometry, Preprocessing, Spec
 
     text = (ROOT / "docs" / "formats.md").read_text()
-    structs = (
-        AccuracyFile,
-        AccuracyRow,
-        Artifact,
-        FileRecord,
-        Geometry,
-        Manifest,
-        Parity,
-        Preprocessing,
-        Spec,
-        StoredTensor,
-    )
-    for struct in structs:
+    profiles = text.partition("## profiles/")[2]
+    structs = {
+        AccuracyFile: text,
+        AccuracyRow: text,
+        Artifact: text,
+        Cell: profiles,
+        Conditions: profiles,
+        Device: profiles,
+        FileRecord: text,
+        Geometry: text,
+        Manifest: text,
+        Parity: text,
+        Preprocessing: text,
+        Profile: profiles,
+        Spec: text,
+        StoredTensor: text,
+    }
+    for struct, section in structs.items():
         for field in msgspec.structs.fields(struct):
-            named = re.search(rf"`(?:\w+\.)*{field.name}(?:`|\[)", text)
+            named = re.search(rf"`(?:\w+\.)*{field.name}(?:`|\[)", section)
             assert named, f"{struct.__name__}.{field.name} is not in docs/formats.md"

@@ -70,8 +70,9 @@ class Cpu:
 
     def observe(self) -> Mapping[str, float]:
         """The load average over a minute."""
-        text = _read(self.root / "proc/loadavg")
-        return {} if text is None else {"load_average": float(text.split()[0])}
+        with suppress(ValueError, IndexError):
+            return {"load_average": float((_read(self.root / "proc/loadavg") or "").split()[0])}
+        return {}
 
     def _name(self) -> str | None:
         lines = (_read(self.root / "proc/cpuinfo") or "").splitlines()
@@ -89,7 +90,7 @@ class Cpu:
 
     def _governor(self) -> str | None:
         files = (self.root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
-        return "+".join(sorted({text.strip() for text in map(_read, files) if text})) or None
+        return "+".join(sorted({name for text in map(_read, files) if text and (name := text.strip())})) or None
 
     def _quota_cores(self) -> float | None:
         """The tightest limit from this process's control group up to the root, of version 2 or 1."""
@@ -110,7 +111,7 @@ class Cpu:
 def _quota(directory: Path) -> float | None:
     unified = _read(directory / "cpu.max")
     parts = unified.split() if unified else [_read(directory / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
-    with suppress(ValueError, TypeError, ZeroDivisionError):  # "max", or no such file
+    with suppress(ValueError, TypeError, IndexError, ZeroDivisionError):  # "max", or no such file
         cores = float(parts[0]) / float(parts[1])  # type: ignore[arg-type]
         return cores if cores > 0 else None
     return None

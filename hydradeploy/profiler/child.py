@@ -22,6 +22,8 @@ from hydradeploy.profiler.sampling import Measured, Sampling, measure
 from hydradeploy.spec import Record
 
 _PATIENCE_S = 3600
+# Not `-m`: that would let a file in the working directory stand in for a module of that name.
+_START = f"import sys; sys.path = list(filter(None, sys.path)); from {__name__} import main; sys.exit(main())"
 
 
 class Request(Record, frozen=True, kw_only=True):
@@ -50,7 +52,7 @@ def spawn(request: Request) -> Measured:
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     try:
         ran = subprocess.run(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-c", _START],
             input=msgspec.json.encode(request),
             capture_output=True,
             env=os.environ | {"PYTHONPATH": path},
@@ -62,7 +64,10 @@ def spawn(request: Request) -> Measured:
         words = ran.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
         how = f"signal {-ran.returncode}" if ran.returncode < 0 else f"exit {ran.returncode}"
         raise MissingError(f"{request.name}: the measuring process ended with {how}: {words[-1]}")
-    return msgspec.json.decode(ran.stdout, type=Measured)
+    try:
+        return msgspec.json.decode(ran.stdout.splitlines()[-1], type=Measured)
+    except (IndexError, msgspec.DecodeError) as error:
+        raise MissingError(f"{request.name}: the measuring process ended without an answer") from error
 
 
 def answer(request: Request) -> Measured:
@@ -73,7 +78,7 @@ def answer(request: Request) -> Measured:
 
 def main() -> int:
     """Answer the request on stdin."""
-    # Whatever a runtime prints goes to stderr; stdout is the answer alone.
+    # Whatever a runtime prints goes to stderr; the last line on stdout is the answer.
     stdout = os.dup(1)
     os.dup2(2, 1)
     try:
@@ -82,9 +87,5 @@ def main() -> int:
         print(error.message, file=sys.stderr)
         return int(error.exit_code)
     with os.fdopen(stdout, "wb") as file:
-        file.write(msgspec.json.encode(found))
+        file.write(b"\n" + msgspec.json.encode(found))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

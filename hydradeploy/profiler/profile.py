@@ -101,6 +101,9 @@ def profile(
     chosen = _chosen(opened, heads, precisions)
     conditions = here.conditions({name: v for found in usable() for name, v in found.software().items()})
     counts = sorted(set(threads or (here.cores(),)))
+    with environment(f"writing into {profiles}"):
+        profiles.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=profiles).close()  # what cannot be kept is not worth measuring
     with _inputs(opened, {_batch(artifact) for artifact in chosen}) as files:
         jobs = [
             _Job(a, _request(opened, a, runner, count, files[_batch(a)], PRESETS[preset].sampling))
@@ -112,8 +115,6 @@ def profile(
     if all(cell.error is not None for cell in cells):
         raise MissingError(f"no cell could be measured: {cells[0].error}")
     fresh = Profile(device=here.identity(), conditions=conditions, cells=cells)
-    with environment(f"writing into {profiles}"):
-        profiles.mkdir(parents=True, exist_ok=True)
     return Profiled(add_profile(profiles, fresh), cells)
 
 

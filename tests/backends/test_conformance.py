@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -139,6 +142,50 @@ def test_threads_do_not_change_the_answer_and_are_on_record(runner, opened):
     with runner.open(model(opened, runner), Options()) as session:
         np.testing.assert_allclose(session.run(images(opened)[:1]), one, rtol=1e-5, atol=1e-6)
         assert session.facts()["threads"] == "default"
+
+
+def test_its_software_is_on_record_with_versions_and_without_loading_it(runner, name):
+    """Versions decide how fast it is; asking for them must not cost what loading the runtime costs."""
+    found = runner.software()
+    assert found
+    assert all(isinstance(package, str) and re.search(r"\d+\.\d+", version) for package, version in found.items())
+    assert found == runner.software()
+    code = f"""
+import sys
+from hydradeploy.backends import backend
+before = set(sys.modules)
+print(sorted(backend({name!r}).software().items()))
+assert {name!r} not in set(sys.modules) - before
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == str(sorted(found.items()))
+
+
+def test_preparing_loads_the_runtime_and_as_often_as_one_likes(runner, opened, name):
+    """After it, opening a model imports nothing more, so that what opening takes is what the model takes."""
+    runner.prepare()
+    runner.prepare()
+    with runner.open(model(opened, runner), Options(threads=1)) as session:
+        assert session.run(images(opened)[:1]).shape == (1, 10)
+    target = model(opened, runner)
+    code = f"""
+import sys
+from pathlib import Path
+import numpy as np
+from hydradeploy.backends import Model, Options, backend
+runner = backend({name!r})
+assert {name!r} not in sys.modules
+runner.prepare()
+before = set(sys.modules)
+assert {name!r} in before
+with runner.open(Model("x", Path({str(target.graph.resolve())!r}), 1, (3, 32, 32), 10), Options(threads=1)) as session:
+    session.run(np.zeros((1, 3, 32, 32), np.float32))
+print(sorted(set(sys.modules) - before))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "[]"
 
 
 def test_a_closed_session_does_not_run(runner, opened):

@@ -1,20 +1,31 @@
-"""The processor's identity from recorded files."""
+"""The processor from recorded files: who it is, how it is set up, what it is doing."""
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from hydradeploy.devices.cpu import instruction_set
+from hydradeploy.devices import DEVICE_MODULES, machine
+from hydradeploy.devices.cpu import MACHINE, Cpu, instruction_set
+from hydradeploy.errors import MissingError, UsageError
+from hydradeploy.spec import show_heads
 
 
-def root(tmp_path: Path, text: str | None) -> Path:
-    (tmp_path / "proc").mkdir()
-    if text is not None:
-        (tmp_path / "proc" / "cpuinfo").write_text(text)
-    return tmp_path
+def tree(root: Path, files: Mapping[str, str | bytes]) -> Path:
+    """A root directory with these files."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def cpu(root: Path, files: Mapping[str, str | bytes]) -> Cpu:
+    return Cpu(tree(root, files))
 
 
 @pytest.mark.parametrize(
@@ -32,8 +43,214 @@ def root(tmp_path: Path, text: str | None) -> Path:
     ],
 )
 def test_the_widest_instruction_set_is_named(tmp_path, text, widest):
-    assert instruction_set(root(tmp_path, text)) == platform.machine() + widest
+    files = {} if text is None else {"proc/cpuinfo": text}
+    assert instruction_set(tree(tmp_path, files)) == platform.machine() + widest
+    assert Cpu(tmp_path).identity().instruction_set == platform.machine() + widest
 
 
 def test_this_machine_has_one():
     assert instruction_set().startswith(platform.machine())
+
+
+X86 = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 7B13\nflags\t\t: fpu avx2\n\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\nCPU revision\t: 1\n\n"
+PI = "\nHardware\t: BCM2835\nRevision\t: c03111\nSerial\t\t: 10\nModel\t\t: Raspberry Pi 4 Model B Rev 1.1\n"
+TREE = "proc/device-tree/model"
+
+
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [
+        ({"proc/cpuinfo": X86 * 8}, "AMD EPYC 7B13"),
+        ({"proc/cpuinfo": X86, TREE: "Board\0"}, "AMD EPYC 7B13"),
+        ({"proc/cpuinfo": "model name\t: a: b\n"}, "a: b"),
+        ({"proc/cpuinfo": ARM * 4}, "ARM 0x41 0xd0c"),
+        ({"proc/cpuinfo": ARM * 4 + PI}, "Raspberry Pi 4 Model B Rev 1.1"),
+        ({"proc/cpuinfo": ARM, TREE: "NVIDIA Jetson Orin Nano\0"}, "NVIDIA Jetson Orin Nano"),
+        ({"proc/cpuinfo": ARM + PI, TREE: "Raspberry Pi 4 in the tree\0"}, "Raspberry Pi 4 in the tree"),
+        ({TREE: "Board without cpuinfo\0"}, "Board without cpuinfo"),
+        ({"proc/cpuinfo": ARM, TREE: "\0"}, "ARM 0x41 0xd0c"),
+        ({"proc/cpuinfo": ARM, TREE: ""}, "ARM 0x41 0xd0c"),
+        ({"proc/cpuinfo": "model name\t:\n"}, platform.machine()),
+        ({"proc/cpuinfo": ""}, platform.machine()),
+        ({"proc/cpuinfo": "no colon in this line\n"}, platform.machine()),
+        ({"proc/cpuinfo": b"model name\t: caf\xe9\n"}, "caf\N{REPLACEMENT CHARACTER}"),
+        ({}, platform.machine()),
+    ],
+)
+def test_the_name_is_the_models_else_the_boards_else_the_cores_else_the_architectures(tmp_path, files, name):
+    assert cpu(tmp_path, files).identity().name == name
+
+
+def test_the_identity_is_read_below_the_root(tmp_path):
+    found = cpu(tmp_path, {"proc/cpuinfo": X86, "proc/meminfo": "MemTotal:        4045212 kB\nMemFree: 1 kB\n"})
+    device = found.identity()
+    assert (device.kind, device.name, device.memory_bytes) == ("cpu", "AMD EPYC 7B13", 4045212 * 1024)
+    assert device.architecture == platform.machine()
+    assert device.cores == os.cpu_count()
+    assert device == found.identity()
+
+
+@pytest.mark.parametrize("text", [None, "", "MemFree: 12 kB\n", "NoMemTotal: 12 kB\n"])
+def test_memory_that_is_not_told_is_zero(tmp_path, text):
+    assert cpu(tmp_path, {} if text is None else {"proc/meminfo": text}).identity().memory_bytes == 0
+
+
+def governors(*names: str) -> dict[str, str]:
+    return {f"sys/devices/system/cpu/cpu{i}/cpufreq/scaling_governor": f"{name}\n" for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize(
+    ("files", "governor"),
+    [
+        (governors("performance"), "performance"),
+        (governors(*["schedutil"] * 12), "schedutil"),
+        (governors("powersave", "performance", "powersave"), "performance+powersave"),
+        (governors(""), None),
+        (governors("", "ondemand"), "ondemand"),
+        ({"sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "x", "sys/devices/system/cpu/online": "0"}, None),
+        ({"sys/devices/system/cpu/cpuidle/cpufreq/scaling_governor": "menu"}, None),
+        ({}, None),
+    ],
+)
+def test_the_governor_is_that_of_every_core(tmp_path, files, governor):
+    assert cpu(tmp_path, files).conditions({}).governor == governor
+
+
+V2 = "sys/fs/cgroup/"
+V1 = "sys/fs/cgroup/cpu/"
+
+
+def v1(quota: object, period: object, group: str = "") -> dict[str, str]:
+    return {f"{V1}{group}cpu.cfs_quota_us": f"{quota}\n", f"{V1}{group}cpu.cfs_period_us": f"{period}\n"}
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "quota"),
+    [
+        ("0::/\n", {V2 + "cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {V2 + "cpu.max": "max 100000\n"}, None),
+        ("0::/a/b\n", {V2 + "a/b/cpu.max": "50000 100000\n"}, 0.5),
+        ("0::/a/b\n", {V2 + "a/b/cpu.max": "200000 100000\n", V2 + "a/cpu.max": "100000 100000\n"}, 1.0),
+        ("0::/a/b\n", {V2 + "a/b/cpu.max": "max 100000\n", V2 + "a/cpu.max": "300000 100000\n"}, 3.0),
+        ("0::/a/b\n", {V2 + "a/b/cpu.max": "100000 100000\n", V2 + "a/cpu.max": "300000 100000\n"}, 1.0),
+        ("0::/a/b\n", {V2 + "a/cpu.max": "max 100000\n", V2 + "cpu.max": "25000 50000\n"}, 0.5),
+        ("0::/a\n", {V2 + "a/b/cpu.max": "50000 100000\n", V2 + "c/cpu.max": "50000 100000\n"}, None),
+        ("0::/a\n", {"sys/fs/cpu.max": "50000 100000\n", "cpu.max": "50000 100000\n"}, None),
+        ("0::/../../other\n", {V2 + "cpu.max": "50000 100000\n"}, 0.5),
+        ("0::/x:y\n", {V2 + "x:y/cpu.max": "50000 100000\n"}, 0.5),
+        ("0::/\n", {}, None),
+        ("0::/\n", {V2 + "cpu.max": ""}, None),
+        ("0::/\n", {V2 + "cpu.max": "50000\n"}, None),
+        ("0::/\n", {V2 + "cpu.max": "50000 0\n"}, None),
+        ("0::/\n", {V2 + "cpu.max": "many few\n"}, None),
+        ("4:cpu,cpuacct:/\n", v1(-1, 100000), None),
+        ("4:cpu,cpuacct:/\n", v1(250000, 100000), 2.5),
+        ("2:cpuacct,cpu:/d/x\n1:name=systemd:/\n", v1(-1, 100000) | v1(80000, 40000, "d/x/"), 2.0),
+        ("4:cpu,cpuacct:/d/x\n", v1(100000, 100000) | v1(200000, 100000, "d/x/"), 1.0),
+        ("4:cpu:/gone/in/this/namespace\n", v1(100000, 100000), 1.0),
+        ("4:cpu:/\n", {V1 + "cpu.cfs_quota_us": "100000\n"}, None),
+        ("3:cpuset:/a\n2:cpuacct:/\n", v1(100000, 100000), None),
+        ("4:cpu:/\n0::/a\n", v1(300000, 100000) | {V2 + "a/cpu.max": "200000 100000\n"}, 2.0),
+        ("", {V2 + "cpu.max": "50000 100000\n"}, None),
+        (None, {V2 + "cpu.max": "50000 100000\n"}, None),
+    ],
+)
+def test_the_quota_is_the_tightest_of_the_control_group_and_those_above_it(tmp_path, cgroup, files, quota):
+    own = {} if cgroup is None else {"proc/self/cgroup": cgroup}
+    found = cpu(tmp_path, {**own, **files})
+    assert found.conditions({}).quota_cores == quota
+
+
+@pytest.mark.parametrize(
+    ("quota", "affinity", "cores"),
+    [
+        ("max 100000", {0, 1, 2, 3}, 4),
+        ("50000 100000", {0, 1, 2, 3}, 1),
+        ("100000 100000", {0, 1, 2, 3}, 1),
+        ("150000 100000", {0, 1, 2, 3}, 2),
+        ("900000 100000", {0, 1, 2, 3}, 4),
+        ("1 100000", {0, 1}, 1),
+        ("max 100000", {7}, 1),
+    ],
+)
+def test_cores_are_those_of_the_affinity_mask_as_far_as_the_quota_goes(tmp_path, monkeypatch, quota, affinity, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: affinity)
+    found = cpu(tmp_path, {"proc/self/cgroup": "0::/\n", V2 + "cpu.max": f"{quota}\n"})
+    assert found.cores() == cores
+
+
+@pytest.mark.parametrize(("affinity", "shown"), [({0}, "0"), ({0, 1, 2, 3}, "0-3"), ({5, 1, 2, 0}, "0-2,5")])
+def test_the_affinity_is_shown_as_ranges(tmp_path, monkeypatch, affinity, shown):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: affinity)
+    assert Cpu(tmp_path).conditions({}).affinity == shown
+
+
+def test_the_affinity_is_that_of_this_process():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {max(allowed)})
+        assert MACHINE.conditions({}).affinity == str(max(allowed))
+        assert MACHINE.cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_conditions_have_the_kernel_and_a_copy_of_the_versions(tmp_path):
+    software = {"onnxruntime": "1.30.0"}
+    found = Cpu(tmp_path).conditions(software)
+    assert found.os == f"Linux {platform.release()}"
+    assert found.power_mode is None
+    software["onnxruntime"] = "2"
+    assert found.software == {"onnxruntime": "1.30.0"}
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("4.06 4.05 3.49 2/107 5160\n", {"load_average": 4.06}),
+        ("0.00 0.00 0.00 0/0 0\n", {"load_average": 0.0}),
+        ("", {}),
+        ("\n", {}),
+        ("much\n", {}),
+        (None, {}),
+    ],
+)
+def test_the_load_is_that_of_the_last_minute_or_left_out(tmp_path, text, seen):
+    assert cpu(tmp_path, {} if text is None else {"proc/loadavg": text}).observe() == seen
+
+
+def test_files_that_cannot_be_read_are_as_good_as_none(tmp_path):
+    """Directories in their places: a read fails for root too."""
+    for name in ("proc/cpuinfo", "proc/meminfo", "proc/loadavg", "proc/self/cgroup", TREE, *governors("x")):
+        (tmp_path / name).mkdir(parents=True)
+    found = Cpu(tmp_path)
+    assert found.identity().name == platform.machine()
+    assert found.identity().memory_bytes == 0
+    assert (found.conditions({}).governor, found.conditions({}).quota_cores) == (None, None)
+    assert found.observe() == {}
+    assert found.why_not() is None
+
+
+def test_this_machine_is_one_and_tells_what_it_is():
+    found = machine("cpu")
+    device, conditions = found.identity(), found.conditions({})
+    assert device.name
+    assert device.memory_bytes > 1 << 28
+    assert 1 <= found.cores() <= device.cores
+    assert conditions.affinity == show_heads(os.sched_getaffinity(0))
+    assert found.observe()["load_average"] >= 0
+    assert machine().kind in DEVICE_MODULES
+
+
+def test_an_unknown_kind_names_those_there_are():
+    with pytest.raises(UsageError, match="no device kind 'toaster'") as refused:
+        machine("toaster")
+    assert refused.value.hint == f"one of {', '.join(DEVICE_MODULES)}"
+
+
+@pytest.mark.parametrize("kind", ["cpu", None])
+def test_a_machine_that_is_of_no_kind_says_why(monkeypatch, kind):
+    monkeypatch.setattr(Cpu, "why_not", lambda self: "no processor is plugged in")
+    with pytest.raises(MissingError, match="cpu: no processor is plugged in"):
+        machine(kind)
