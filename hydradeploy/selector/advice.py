@@ -28,7 +28,11 @@ def knobs(
     """
     usable = [c for c in found if c.refused(rules.accept, rules.strict, rules.needs_accuracy(budget)) is None]
     for knob in _knobs(budget):
-        needs = [(need, i) for i, c in enumerate(usable) if meets(c, knob.rest) and (need := knob.needs(c)) is not None]
+        needs = [
+            (need, i)
+            for i, c in enumerate(usable)
+            if meets(c, knob.rest) and (need := knob.needs(c, budget.confidence)) is not None
+        ]
         if needs:
             need, place = min(needs)
             yield f"{_label(usable[place])} fits with {knob.show(need)}"
@@ -37,7 +41,7 @@ def knobs(
             accepting = Rules(rules.prefer, (*rules.accept, flag), rules.strict, rules.larger_is_better)
             chosen = choose(found, budget, accepting).pick
             if chosen is not None:
-                yield f"{_label(chosen)} fits with --accept {flag}"
+                yield f"{_label(chosen)} fits with --accept {','.join(accepting.accept)}"
     for stored, others in elsewhere:
         chosen = choose(others, budget, rules).pick
         if chosen is not None:
@@ -45,10 +49,17 @@ def knobs(
 
 
 def notes(
-    found: Sequence[Candidate], choice: Choice, stored: Stored, now: Conditions | None, rules: Rules, level: float
+    found: Sequence[Candidate],
+    choice: Choice,
+    stored: Stored,
+    now: Conditions | None,
+    budget: Budget,
+    rules: Rules,
+    level: float,
 ) -> Iterator[str]:
     """One sentence per reservation. `now` are this device's present conditions, None where it is not here."""
-    if rules.larger_is_better:
+    needs_accuracy = rules.needs_accuracy(budget)
+    if rules.larger_is_better and not needs_accuracy:
         yield "accuracy was not looked at: more heads are assumed to be better"
     if now is not None:
         present = msgspec.structs.replace(now, software=stored.profile.conditions.software)
@@ -73,7 +84,7 @@ def notes(
             yield f"accuracy was measured with {accuracy}, latency with {latency}"
     for flag in chosen.cell.flags:
         yield f"measured while {flag}"
-    if any(candidate.accuracy is None for candidate in found) and not rules.larger_is_better:
+    if needs_accuracy and any(candidate.accuracy is None for candidate in found):
         yield "some cells have no accuracy and were left out"
 
 
@@ -82,7 +93,7 @@ class _Knob:
     """One limit that could be another: the rest of the budget, and what a candidate needs, the smaller the better."""
 
     rest: Budget
-    needs: Callable[[Candidate], float | None]
+    needs: Callable[[Candidate, float], float | None]
     show: Callable[[float], str]
 
 
@@ -91,7 +102,7 @@ def _knobs(budget: Budget) -> Iterator[_Knob]:
         rest = tuple(other for other in budget.latency if other != limit)
         yield _Knob(
             msgspec.structs.replace(budget, latency=rest),
-            lambda c, limit=limit: c.bounds(limit.percentile, budget.confidence).upper,  # type: ignore[misc]
+            lambda c, confidence, limit=limit: c.bounds(limit.percentile, confidence).upper,  # type: ignore[misc]
             lambda need, limit=limit: f"--latency '{limit.name}<={_short(show_seconds, need)}'",  # type: ignore[misc]
         )
     for field, needs, show in _LIMITS:
@@ -107,19 +118,19 @@ def _short(show: Callable[[float], str], need: float) -> str:
     return show(need * _ROUNDING).replace(" ", "")
 
 
-def _rate(candidate: Candidate) -> float | None:
-    found = mean_bounds(candidate.cell.latency_s, candidate.cell.process, 0.95)
+def _rate(candidate: Candidate, confidence: float) -> float | None:
+    found = mean_bounds(candidate.cell.latency_s, candidate.cell.process, confidence)
     return None if found is None else -candidate.cell.batch / found[1]
 
 
-_LIMITS: tuple[tuple[str, Callable[[Candidate], float | None], Callable[[float], str]], ...] = (
-    ("memory_bytes", lambda c: c.cell.memory_bytes, lambda need: f"--memory {_short(show_bytes, need)}"),
-    ("energy_j", lambda c: c.cell.energy_j, lambda need: f"--energy {need * _ROUNDING:.3g}J"),
-    ("size_bytes", lambda c: c.artifact.size_bytes, lambda need: f"--size {_short(show_bytes, need)}"),
+_LIMITS: tuple[tuple[str, Callable[[Candidate, float], float | None], Callable[[float], str]], ...] = (
+    ("memory_bytes", lambda c, _: c.cell.memory_bytes, lambda need: f"--memory {_short(show_bytes, need)}"),
+    ("energy_j", lambda c, _: c.cell.energy_j, lambda need: f"--energy {need * _ROUNDING:.3g}J"),
+    ("size_bytes", lambda c, _: c.artifact.size_bytes, lambda need: f"--size {_short(show_bytes, need)}"),
     ("throughput_per_s", _rate, lambda need: f"--throughput {-need / _ROUNDING:.3g}/s"),
     (
         "min_top1",
-        lambda c: None if c.accuracy is None else -c.accuracy.lower,
+        lambda c, _: None if c.accuracy is None else -c.accuracy.lower,
         lambda need: f"--min-top1 {show_percent(math.floor(-need * 10000) / 10000, 2)}",
     ),
 )

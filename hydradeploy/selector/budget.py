@@ -62,4 +62,4 @@ def parse_latency(text: str) -> LatencyLimit:
 
 def percentile_name(level: float) -> str:
     """0.95 is `p95`."""
-    return f"p{round(100 * level, 7):g}"
+    return f"p{100 * level:.7f}".rstrip("0").rstrip(".")

@@ -79,8 +79,13 @@ def check_measured(found: Sequence[Candidate], stored: Stored, artifacts: Iterab
 
 
 def _closest(rows: Sequence[AccuracyRow], cell: Cell, device: Device) -> AccuracyRow | None:
-    def likeness(row: AccuracyRow) -> tuple[bool, bool, bool]:
-        return (row.source == "measured", row.backend == cell.backend, row.instruction_set == device.instruction_set)
+    def likeness(row: AccuracyRow) -> tuple[bool, ...]:
+        return (
+            row.source == "measured",
+            row.backend == cell.backend,
+            row.compute_type == cell.compute_type,
+            row.instruction_set == device.instruction_set,
+        )
 
     # Of equals the last, which is the newest.
     return max(reversed(rows), key=likeness, default=None)

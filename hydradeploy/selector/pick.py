@@ -124,6 +124,7 @@ def _answer(
     shown = {name: _shown(getattr(choice, name), budget, level) for name in ("pick", "runner_up", "cheaper", "nearest")}
     judgements = [(candidate, judged(candidate, budget, rules)) for candidate in found if candidate is not choice.pick]
     nearest = next((checks for candidate, checks in judgements if candidate is choice.nearest), [])
+    more = max((check.more for check in nearest if check.more is not None), default=None)
     elsewhere = [(other, candidates(artifacts, rows, other.profile)) for other in others]
     return Answer(
         verdict=choice.verdict,
@@ -132,9 +133,9 @@ def _answer(
         device=stored.profile.device.name,
         budget=budget,
         prefer=rules.prefer,
-        more_samples=max((check.more for check in nearest if check.more is not None), default=None),
+        more_samples=more if choice.verdict == "inconclusive" else None,
         knobs=() if choice.pick is not None else tuple(knobs(found, budget, rules, elsewhere)),
-        notes=tuple(notes(found, choice, stored, now, rules, level)),
+        notes=tuple(notes(found, choice, stored, now, budget, rules, level)),
         rejected=tuple(r for candidate, checks in judgements if (r := rejected(candidate, checks)) is not None),
         **shown,
     )
