@@ -10,7 +10,7 @@ SOURCES := hydradeploy tests benchmarks cli.py
 DEVICE_PYTHON ?= $(firstword $(foreach python,python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10*/bin/python),\
 	$(if $(shell $(python) -c 'import sys; print(sys.version_info[:2] == (3, 10) or "")' 2>/dev/null),$(python))))
 
-.PHONY: setup check format test test-slow bench docs clean
+.PHONY: setup demo check format test test-slow bench docs clean
 
 setup: .venv/ready $(if $(DEVICE_PYTHON),.venv-device/ready)
 
@@ -24,6 +24,9 @@ setup: .venv/ready $(if $(DEVICE_PYTHON),.venv-device/ready)
 	$(DEVICE_PYTHON) -m venv .venv-device
 	.venv-device/bin/pip install -q "onnxruntime==1.23.2" msgspec numpy Pillow psutil rich "typer>=0.27,<0.29"
 	touch $@
+
+demo: .venv/ready
+	$(BIN)/hydradeploy demo --force
 
 check: .venv/ready
 	$(BIN)/ruff format --check $(SOURCES)
@@ -44,6 +47,7 @@ test-slow: setup
 bench: setup
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/shared_weights.py
+	$(BIN)/python benchmarks/pick.py
 
 docs: .venv/ready
 	$(BIN)/python docs/generate.py

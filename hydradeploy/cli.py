@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from hydradeploy.units import show_bytes, show_count, show_percent
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+    from typer.models import CommandInfo
 
     from hydradeploy.selector.budget import Budget
 
@@ -65,6 +67,27 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None: ...
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The directory to fill.")] = Path("build/demo"),
+    epochs: Annotated[int | None, typer.Option(help="Train for less than the preset.", min=1)] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Run the whole flow on bundled data.
+
+    Trains a small supernet on digits, exports, evaluates, measures, picks for three budgets, and draws a picture.
+    """
+    with _extra("train"):
+        from hydradeploy.demo import demo as call
+    with _progress() as report:
+        done = call(out, epochs=epochs, force=force, report=report, say=report.say)
+    if as_json:
+        _print_json({"pick": str(done.pick_file), "picture": str(done.picture), "answers": done.answers})
+    else:
+        print(f"{done.pick_file}: the last answer, as pick --json gives it\n{done.picture}: accuracy against latency")
 
 
 @app.command()
@@ -385,12 +408,12 @@ def pick(
 
 def _budget(
     latency: Sequence[str],
-    memory: str | None,
-    energy: str | None,
-    size: str | None,
-    throughput: str | None,
-    min_top1: str | None,
-    confidence: str,
+    memory: str | None = None,
+    energy: str | None = None,
+    size: str | None = None,
+    throughput: str | None = None,
+    min_top1: str | None = None,
+    confidence: str = "95%",
 ) -> Budget:
     from hydradeploy.selector.budget import Budget, parse_latency
     from hydradeploy.units import ENERGY, FRACTION, RATE, SIZE, parse
@@ -459,15 +482,30 @@ def run(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     bundle: BundlePath = Path("bundle"),
     artifact: Annotated[str | None, typer.Option(help="For example h06-fp32. Default: the one of most heads.")] = None,
+    latency: Annotated[
+        list[str] | None, typer.Option(help="Use what pick gives for this budget: 20ms, 'p99<=20ms'.")
+    ] = None,
+    profiles: ProfilesPath = Path("profiles"),
     backend: Annotated[str | None, typer.Option(help="Default: the first that is usable.")] = None,
     top: Annotated[int, typer.Option(help="Classes to show per image.", min=1)] = 5,
     threads: Annotated[int | None, typer.Option(help="Default: the backend's.", min=1)] = None,
     check: Verify = "stamp",
     as_json: Json = False,
 ) -> None:
-    """Classify images with one artifact."""
+    """Classify images with the named artifact, or with the one that --latency picks."""
     if check not in ("stamp", "always"):
         raise UsageError(f"--verify {check!r} is not possible", hint="stamp or always")
+    if latency and artifact is not None:
+        raise UsageError("--artifact and --latency exclude each other", hint="name the artifact or the budget")
+    if latency:
+        from hydradeploy.report.text import answer_lines
+        from hydradeploy.selector.pick import Request, exit_code, pick
+
+        answer = pick(bundle, profiles, Request(_budget(latency)))
+        _say("\n".join(answer_lines(answer)))
+        if answer.pick is None:
+            raise typer.Exit(exit_code((answer,)))
+        artifact, backend, threads = answer.pick.artifact, answer.pick.backend, answer.pick.threads
     from hydradeploy.runtime.predict import run as call
 
     running = call(
@@ -503,7 +541,7 @@ def run(
 def _guarded(arguments: Sequence[str]) -> int:
     """Run a command; every way out is an exit code, and only a bug shows a traceback."""
     try:
-        code = app(args=list(arguments) or ["--help"], standalone_mode=False, prog_name="hydradeploy")
+        code = _app_for(arguments)(args=list(arguments) or ["--help"], standalone_mode=False, prog_name="hydradeploy")
         sys.stdout.flush()
         if code == ExitCode.INTERRUPTED:  # typer's answer to KeyboardInterrupt
             _say("interrupted")
@@ -528,6 +566,20 @@ def _guarded(arguments: Sequence[str]) -> int:
         traceback.print_exc()
         _say("error: this is a bug in hydradeploy\nhint: please report it with the lines above")
         return ExitCode.BUG
+
+
+def _app_for(arguments: Sequence[str]) -> typer.Typer:
+    """The command line with the one command that is asked for: typer takes 40 ms to build all of them."""
+    asked = [command for command in app.registered_commands if _name_of(command) in arguments[:1]]
+    if not asked:
+        return app
+    lean = copy.copy(app)
+    lean.registered_commands = asked
+    return lean
+
+
+def _name_of(command: CommandInfo) -> str | None:
+    return command.name or (command.callback.__name__ if command.callback else None)
 
 
 # typer carries its own copy of click, under a private name; its errors are reached by a public heir.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import median
 
 from hydradeploy.measurements import Cell
 from hydradeploy.selector.answer import Answer, Picked
 from hydradeploy.selector.budget import percentile_name
+from hydradeploy.stats.basics import median
 from hydradeploy.stats.latency import bounds
 from hydradeploy.units import show_bytes, show_percent, show_seconds
 

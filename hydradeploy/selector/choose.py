@@ -7,9 +7,11 @@ tests pass over those that surely do not. Nothing is interpolated or predicted: 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from hydradeploy.bundle import AccuracyRow
 from hydradeploy.selector.budget import DEFAULT_LEVEL, Budget, Preference
@@ -58,18 +60,17 @@ def choose(candidates: Sequence[Candidate], budget: Budget, rules: Rules = Rules
     """
     needs_accuracy = rules.needs_accuracy(budget)
     usable = [c for c in candidates if c.refused(rules.accept, rules.strict, needs_accuracy) is None]
-    ordered = sorted(usable, key=_preference(rules, budget))
-    meeting = (c for c in ordered if meets(c, budget))
+    likely = [c for c in usable if possible(c, budget)]
+    meeting = (c for c in sorted(likely, key=_preference(rules, budget)) if meets(c, budget))
     pick = next(meeting, None)
     if pick is not None:
-        return Choice("pass", pick, runner_up=next(meeting, None), cheaper=_cheaper(pick, usable, budget))
-    level = budget.latency[0].percentile if budget.latency else DEFAULT_LEVEL
-    near = sorted(usable, key=lambda c: (_excess(c, budget), c.estimate_s(level)))
-    is_open = (c for c in near if not hopeless(c, budget) and combined(list(checks(c, budget))) == "open")
-    first = next(is_open, None)
-    if first is not None:
-        return Choice("inconclusive", nearest=first)
-    return Choice("infeasible", nearest=near[0] if near else None)
+        return Choice("pass", pick, runner_up=next(meeting, None), cheaper=_cheaper(pick, likely, budget))
+    undecided = [c for c in usable if not hopeless(c, budget)]
+    is_open = (c for c in sorted(undecided, key=_excess(budget)) if combined(list(checks(c, budget))) == "open")
+    nearest = next(is_open, None)
+    if nearest is not None:
+        return Choice("inconclusive", nearest=nearest)
+    return Choice("infeasible", nearest=min(usable, key=_excess(budget), default=None))
 
 
 def meets(candidate: Candidate, budget: Budget) -> bool:
@@ -133,17 +134,20 @@ def _preference(rules: Rules, budget: Budget) -> Callable[[Candidate], tuple[flo
         return math.inf if value is None else value
 
     keys: dict[Preference, Callable[[Candidate], float]] = {
-        "accuracy": accuracy,
         "latency": lambda c: c.estimate_s(level),
         "energy": lambda c: amount(c.cell.energy_j),
         "memory": lambda c: amount(c.cell.memory_bytes),
         "size": lambda c: c.artifact.size_bytes,
     }
-    return lambda c: (keys[rules.prefer](c), accuracy(c), c.mean_s)
+    if rules.prefer == "accuracy":
+        return lambda c: (accuracy(c), c.mean_s)
+    first = keys[rules.prefer]
+    return lambda c: (first(c), accuracy(c), c.mean_s)
 
 
-def _cheaper(pick: Candidate, usable: Sequence[Candidate], budget: Budget) -> Candidate | None:
+def _cheaper(pick: Candidate, likely: Sequence[Candidate], budget: Budget) -> Candidate | None:
     """The fastest that meets the budget and is not significantly less accurate, None where that is the pick."""
+    mean_s = pick.mean_s
     verdicts: dict[int, bool | None] = {}
 
     def comparable(candidate: Candidate) -> bool:
@@ -152,22 +156,31 @@ def _cheaper(pick: Candidate, usable: Sequence[Candidate], budget: Budget) -> Ca
             verdicts[key] = significantly_less(candidate.accuracy, pick.accuracy)
         return verdicts[key] is False
 
-    faster = sorted((c for c in usable if c.mean_s < pick.mean_s and comparable(c)), key=lambda c: c.mean_s)
+    faster = sorted((c for c in likely if c.mean_s < mean_s and comparable(c)), key=lambda c: c.mean_s)
     return next((c for c in faster if meets(c, budget)), None)
 
 
-def _excess(candidate: Candidate, budget: Budget) -> float:
-    """How far the worst figure is over its limit, roughly."""
-    pairs = [(candidate.estimate_s(limit.percentile), limit.limit_s) for limit in budget.latency]
-    for value, most in (
-        (candidate.cell.memory_bytes, budget.memory_bytes),
-        (candidate.cell.energy_j, budget.energy_j),
-        (candidate.artifact.size_bytes, budget.size_bytes),
-    ):
-        if most is not None:
-            pairs.append((math.inf if value is None else value, most))
-    if budget.throughput_per_s is not None:
-        pairs.append((budget.throughput_per_s * candidate.mean_s, candidate.cell.batch))
-    if budget.min_top1 is not None:
-        pairs.append((1 - (candidate.accuracy.lower if candidate.accuracy else 0.0), 1 - budget.min_top1))
-    return max((value / most if most > 0 else math.inf for value, most in pairs), default=0.0)
+def _excess(budget: Budget) -> Callable[[Candidate], float]:
+    """How far a candidate's worst figure is over its limit; the mean stands for every percentile, as it is cheap."""
+    tightest = min((limit.limit_s for limit in budget.latency), default=math.inf)
+
+    def amounts(candidate: Candidate) -> Iterator[tuple[float | None, float | None]]:
+        yield candidate.cell.memory_bytes, budget.memory_bytes
+        yield candidate.cell.energy_j, budget.energy_j
+        yield candidate.artifact.size_bytes, budget.size_bytes
+        if budget.throughput_per_s is not None:
+            yield budget.throughput_per_s * candidate.mean_s, candidate.cell.batch
+        if budget.min_top1 is not None:
+            yield 1 - (candidate.accuracy.lower if candidate.accuracy else 0.0), 1 - budget.min_top1
+
+    others = msgspec.structs.replace(budget, latency=()) != Budget(confidence=budget.confidence)
+
+    def excess(candidate: Candidate) -> float:
+        found = candidate.mean_s / tightest
+        if others:
+            for value, most in amounts(candidate):
+                if most is not None:
+                    found = max(found, value / most if value is not None and most > 0 else math.inf)
+        return found
+
+    return excess

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from statistics import NormalDist
 from typing import Literal
 
@@ -45,19 +44,15 @@ class Candidate:
     artifact: Artifact
     accuracy: AccuracyRow | None
 
-    @cached_property
-    def ordered(self) -> tuple[float, ...]:
-        """The latencies, ascending."""
-        return tuple(sorted(self.cell.latency_s))
-
-    @cached_property
+    @property
     def mean_s(self) -> float:
         samples = self.cell.latency_s
         return sum(samples) / len(samples) if samples else math.inf
 
     def estimate_s(self, level: float) -> float:
         """The observed percentile."""
-        return quantile(self.ordered, level) if self.ordered else math.inf
+        samples = self.cell.latency_s
+        return quantile(sorted(samples), level) if samples else math.inf
 
     def bounds(self, level: float, confidence: float) -> Bounds:
         """What the samples say of a percentile."""
@@ -68,8 +63,9 @@ class Candidate:
         cell = self.cell
         if cell.error is not None:
             return f"could not be measured: {cell.error}"
-        bad = [flag for flag in cell.flags if strict or (flag in INVALID_FLAGS and flag not in accept)]
-        if bad:
+        if cell.flags and (
+            bad := [flag for flag in cell.flags if strict or (flag in INVALID_FLAGS and flag not in accept)]
+        ):
             wanted = ",".join(flag for flag in cell.flags if flag in INVALID_FLAGS)
             return f"measured while {', '.join(bad)}" + ("" if strict else f" (--accept {wanted} takes it)")
         if needs_accuracy and self.accuracy is None:
@@ -80,24 +76,36 @@ class Candidate:
 def possible(candidate: Candidate, budget: Budget) -> bool:
     """Whether the cell might meet every limit: cheap, and never False for one that does."""
     cell = candidate.cell
-    if any(
-        limit is not None and (value is None or value > limit)
-        for limit, value in (
-            (budget.memory_bytes, cell.memory_bytes),
-            (budget.energy_j, cell.energy_j),
-            (budget.size_bytes, candidate.artifact.size_bytes),
-        )
-    ):
+    if budget.memory_bytes is not None and not _within(cell.memory_bytes, budget.memory_bytes):
+        return False
+    if budget.energy_j is not None and not _within(cell.energy_j, budget.energy_j):
+        return False
+    if budget.size_bytes is not None and candidate.artifact.size_bytes > budget.size_bytes:
         return False
     if budget.min_top1 is not None and (candidate.accuracy is None or candidate.accuracy.lower < budget.min_top1):
         return False
+    samples = cell.latency_s
     for limit in budget.latency:
         # No dependence and no spread would make the bound any lower than this.
-        most = allowed_misses(len(cell.latency_s), limit.percentile, budget.confidence)
-        over = len([1 for value in cell.latency_s if value > limit.limit_s])
-        if most is None or over > most:
+        most = allowed_misses(len(samples), limit.percentile, budget.confidence)
+        if most is None or (max(samples) > limit.limit_s and _more_over(samples, limit.limit_s, most)):
             return False
     return True
+
+
+def _within(value: float | None, limit: float) -> bool:
+    return value is not None and value <= limit
+
+
+def _more_over(samples: tuple[float, ...], limit_s: float, most: int) -> bool:
+    """Whether more than `most` samples are over a limit; where many are, soon known."""
+    over = 0
+    for value in samples:
+        if value > limit_s:
+            over += 1
+            if over > most:
+                return True
+    return False
 
 
 def hopeless(candidate: Candidate, budget: Budget) -> bool:

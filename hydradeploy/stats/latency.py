@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import mul
-from statistics import NormalDist, fmean, median
 
+from hydradeploy.stats.basics import mean, median, normal_quantile, variance
 from hydradeploy.stats.order import allowed_misses, lower_rank, quantile, samples_needed
 
 # What the bounds are tested for. Beyond it levels are no longer a little noise around one value.
@@ -111,13 +111,14 @@ def autocorrelation_time(chains: Sequence[Sequence[float]]) -> float:
     One plus twice the sum of the autocorrelations up to the first that noise alone would explain; at least that of an
     AR(1) process with the first of them, corrected for the bias of short chains (Kendall 1954).
     """
-    centred = [[value - mean for value in chain] for chain in chains if (mean := fmean(chain)) is not None]
+    centred = [[value - centre for value in chain] for chain in chains for centre in [mean(chain)]]
     n = sum(map(len, centred))
     total = sum(sum(map(mul, chain, chain)) for chain in centred)
     # A mean can be off by its last bit, which would leave constants perfectly dependent.
     if total == 0 or all(min(chain) == max(chain) for chain in chains):
         return 1.0
-    noise = 2 / math.sqrt(n)
+    # One standard error of no correlation at all: rather too much dependence seen than too little.
+    noise = 1 / math.sqrt(n)
     found = list(_autocorrelations(centred, total / n, noise))
     if not found:
         return 1.0
@@ -127,11 +128,11 @@ def autocorrelation_time(chains: Sequence[Sequence[float]]) -> float:
     return max(1 + 2 * sum(found), (1 + first) / (1 - first))
 
 
-def _autocorrelations(centred: Sequence[Sequence[float]], variance: float, noise: float) -> Iterator[float]:
+def _autocorrelations(centred: Sequence[Sequence[float]], power: float, noise: float) -> Iterator[float]:
     for lag in range(1, max(map(len, centred))):
         pairs = sum(max(0, len(chain) - lag) for chain in centred)
         products = sum(sum(map(mul, chain, chain[lag:])) for chain in centred)
-        value = products / pairs / variance
+        value = products / pairs / power
         if value <= noise:
             return
         yield value
@@ -171,21 +172,15 @@ class _Ranks:
             return self.ordered[place]
         levels = [median(chain) for chain in self.logs]
         residuals = sorted(value - centre for chain, centre in zip(self.logs, levels, strict=True) for value in chain)
-        return math.exp(fmean(levels) + margin + residuals[place])
+        return math.exp(mean(levels) + margin + residuals[place])
 
 
 def _spread(logs: Sequence[Sequence[float]], time: float) -> float | None:
     """Standard deviation of the processes' mean log latency beyond what their samples explain."""
     if len(logs) < 2:
         return None
-    within = fmean(_variance(chain) * time / len(chain) for chain in logs)
-    return math.sqrt(max(0.0, _variance([fmean(chain) for chain in logs]) - within))
-
-
-def _variance(values: Sequence[float]) -> float:
-    """The sample's variance in floats: statistics.variance is exact and a hundred times slower."""
-    mean = fmean(values)
-    return math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    within = mean([variance(chain) * time / len(chain) for chain in logs])
+    return math.sqrt(max(0.0, variance([mean(chain) for chain in logs]) - within))
 
 
 def _believable(processes: int) -> float:
@@ -194,7 +189,7 @@ def _believable(processes: int) -> float:
     By the chi-square quantile of Wilson and Hilferty (1931).
     """
     weight = 2 / (9 * (processes - 1))
-    return MOST_SPREAD * math.pow(1 - weight + NormalDist().inv_cdf(0.9) * math.sqrt(weight), 1.5)
+    return MOST_SPREAD * math.pow(1 - weight + normal_quantile(0.9) * math.sqrt(weight), 1.5)
 
 
 def _why_not(worth: float, spread: float | None, processes: int, level: float, confidence: float) -> str | None:
@@ -218,19 +213,32 @@ def tolerance_factor(n: int, content: float, confidence: float) -> float:
     """
     if n < 2:
         raise ValueError(f"{n} samples have no standard deviation")
-    z, root, freedom = NormalDist().inv_cdf(content), math.sqrt(n), n - 1
-    weights = _chi(freedom)
+    z, root = normal_quantile(content), math.sqrt(n)
+    points = _chi(n - 1)
 
-    def reached(k: float) -> float:
-        return sum(w * 0.5 * math.erfc(-root * (k * s - z) / math.sqrt(2)) for s, w in weights)
+    def reached(k: float) -> tuple[float, float]:
+        """The confidence of that factor, and its derivative."""
+        confidence = slope = 0.0
+        for s, weight in points:
+            at = root * (k * s - z)
+            confidence += weight * 0.5 * math.erfc(-at / math.sqrt(2))
+            slope += weight * root * s * math.exp(-at * at / 2) / math.sqrt(2 * math.pi)
+        return confidence, slope
 
     low, high = 0.0, 1.0
-    while reached(high) < confidence:
+    while reached(high)[0] < confidence:
         low, high = high, 2 * high
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if reached(middle) < confidence else (low, middle)
-    return high
+    # Newton's step where it stays between the two ends, else half of the way.
+    k = high
+    for _ in range(100):
+        found, slope = reached(k)
+        low, high = (k, high) if found < confidence else (low, k)
+        step = k - (found - confidence) / slope if slope > 0 else low
+        following = step if low < step < high else (low + high) / 2
+        if abs(following - k) <= 1e-10 * high:
+            break
+        k = following
+    return k
 
 
 def _chi(freedom: int) -> list[tuple[float, float]]:
@@ -258,6 +266,6 @@ def mean_bounds(samples: Sequence[float], process: Sequence[int], confidence: fl
     chains = _chains(samples, process)
     if len(chains) < 2:
         return None
-    means = [fmean(chain) for chain in chains]
-    half = tolerance_factor(len(means), 0.5, confidence) * math.sqrt(_variance(means))
-    return fmean(means) - half, fmean(means) + half
+    means = [mean(chain) for chain in chains]
+    half = tolerance_factor(len(means), 0.5, confidence) * math.sqrt(variance(means))
+    return mean(means) - half, mean(means) + half

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
+
+from hydradeploy.stats.basics import normal_quantile
 
 
 def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -13,7 +14,7 @@ def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, f
     """
     if not (0 <= correct <= total and total > 0 and 0 < confidence < 1):
         raise ValueError(f"no interval for {correct} of {total} at confidence {confidence}")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = normal_quantile((1 + confidence) / 2)
     share, weight = correct / total, z * z / total
     centre = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
