@@ -231,3 +231,10 @@ def test_a_file_in_the_working_directory_does_not_stand_in_for_a_module(request_
 def test_paths_with_spaces_and_other_letters_reach_the_child(request_of, bundle, tmp_path):
     moved = bundle.rename(tmp_path / "büñdle 'of' \"mine\" 模型")
     assert len(spawn(request_of("h02-fp16", moved)).latency_s) == 7
+
+
+def test_settings_of_the_environment_reach_the_child(request_of, stand_in, monkeypatch):
+    """Such as OMP_NUM_THREADS, on which some runtimes' speed depends."""
+    monkeypatch.setenv("HYDRADEPLOY_TEST_SETTING", "kept")
+    stand_in(opening="assert os.environ['HYDRADEPLOY_TEST_SETTING'] == 'kept'")
+    assert len(spawn(request_of()).latency_s) == 7

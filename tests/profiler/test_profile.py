@@ -22,6 +22,7 @@ import pytest
 from scipy.stats import binom, norm
 
 from hydradeploy import export, open_bundle, profile
+from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import EnvironmentFailed, IntegrityError, MissingError, UsageError
 from hydradeploy.measurements import read_profile, read_profiles
 from hydradeploy.profiler.child import Request
@@ -125,6 +126,21 @@ def test_inputs_are_sixteen_real_images_or_more_in_batches_of_the_artifact(super
         assert len(np.unique(flat[:16], axis=0)) == 16
         assert not np.array_equal(batches[0], batches[1])
     assert done.cells[0].batch == shape[1]
+
+
+def test_inputs_are_the_golden_images_as_the_network_wants_them_and_their_mirror_images(shared_bundle, tmp_path):
+    seen = []
+
+    def look(request: Request) -> Iterator[float]:
+        seen.append(np.load(request.batches)[:, 0])
+        return repeat(1 / 64)
+
+    profile(shared_bundle, tmp_path, heads=(2,), launch=Launch(look), here=Here())
+    opened = open_bundle(shared_bundle)
+    images = normalise(opened.golden().images, opened.spec.preprocessing)
+    real = {image.tobytes() for image in images} | {image[:, :, ::-1].tobytes() for image in images}
+    assert {image.tobytes() for image in seen[0]} <= real
+    assert images[0].tobytes() in {image.tobytes() for image in seen[0]}
 
 
 @pytest.mark.parametrize("failure", [None, KeyboardInterrupt(), MissingError("gone")])
