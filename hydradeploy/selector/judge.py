@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Literal
 
 from hydradeploy.bundle import AccuracyRow, Artifact
 from hydradeploy.measurements import Cell
 from hydradeploy.selector.budget import Budget, LatencyLimit
+from hydradeploy.stats.basics import normal_quantile
 from hydradeploy.stats.latency import Bounds, bounds, mean_bounds
 from hydradeploy.stats.order import allowed_misses, quantile, samples_needed
 from hydradeploy.units import show_bytes, show_percent, show_seconds
@@ -187,7 +187,7 @@ def _more(found: Bounds, share: float, confidence: float) -> int | None:
     if share > tail - 1e-9:
         return None
     # The binomial distribution of so many is normal, and counting them exactly would take minutes.
-    needed = math.ceil((NormalDist().inv_cdf(confidence) / (tail - share)) ** 2 * tail * found.level)
+    needed = math.ceil((normal_quantile(confidence) / (tail - share)) ** 2 * tail * found.level)
     if needed <= MOST_COUNTED:
         misses, needed = 0, samples_needed(found.level, confidence)
         while share * needed > misses:

@@ -324,6 +324,9 @@ def test_cheaper_is_faster_and_not_significantly_less_accurate():
     heavy = candidate(4, latencies(*(4 * MS,) * 5), share(187), memory_bytes=2**40)
     within = Budget(latency=(limit(95, 9 * MS),), memory_bytes=2.0**39)
     assert choose([far, heavy, best], within).cheaper is None
+    # Faster on average and never over the limit, but no two processes alike.
+    unsteady = candidate(4, latencies(2 * MS, 3 * MS, 4 * MS, 5 * MS, 6 * MS), share(187))
+    assert choose([far, unsteady, best], Budget(latency=(limit(95, 9 * MS),))).cheaper is None
 
 
 def test_a_declared_accuracy_is_never_called_comparable():
@@ -421,6 +424,15 @@ def test_how_many_more_samples_is_said_at_once_however_close_the_limit(over, sta
         total = 1000 + check.more
         assert binomtest(round(total * over / 1000), total, 0.05, "less").pvalue < 0.06
         assert binomtest(round(total / 2 * over / 1000), total // 2, 0.05, "less").pvalue > 0.05
+
+
+def test_a_limit_is_met_by_calls_that_take_just_as_long():
+    exact = candidate(2, [[4 * MS] * 40] * 5, share(150))
+    assert choose([exact], Budget(latency=(limit(95, 4 * MS),))).verdict == "pass"
+    assert choose([exact], Budget(latency=(limit(95, math.nextafter(4 * MS, 0)),))).verdict == "infeasible"
+    # One call just at the limit and all others over it, of a single process, prove nothing.
+    few = candidate(2, [[4 * MS, 5 * MS, 5 * MS]], share(150))
+    assert choose([few], Budget(latency=(limit(95, 4 * MS),))).verdict == "inconclusive"
 
 
 def test_one_process_cannot_vouch_for_the_next():

@@ -499,6 +499,13 @@ def test_the_row_measured_as_the_cell_was_is_taken(world: World):
     assert not any("accuracy was measured with" in note for note in found["notes"])
 
 
+def test_of_rows_measured_otherwise_the_last_counts(bare: World):
+    bare.evaluated({2: 101}, backend="abacus")
+    bare.evaluated({2: 102}, backend="quipu")
+    bare.ladder()
+    assert bare.json("--latency", "3.5ms")["pick"]["accuracy"]["top1"] == 102 / 200
+
+
 def test_accuracy_measured_elsewhere_is_noted_with_both_places(bare: World):
     bare.evaluated(instruction_set="z80")
     bare.ladder()
