@@ -331,7 +331,7 @@ def profile(
             backend_name=backend,
             heads=None if heads is None else parse_heads(heads),
             precisions=None if precision is None else [name.strip() for name in precision.split(",")],
-            threads=None if threads is None else parse_heads(threads),
+            threads=None if threads is None else _counts(threads),
             preset=preset,
             report=report,
         )
@@ -343,7 +343,7 @@ def profile(
     _table(CELL_HEADER, [cell_row(cell) for cell in done.cells])
     for cell in done.cells:
         if cell.error is not None:
-            _say(f"{cell.artifact}: {cell.error}")
+            _say(f"not measured: {cell.error}")
     print(f"{done.stored.path}: {done.stored.profile.device.name}, {len(done.cells)} cells measured")
 
 
@@ -706,6 +706,13 @@ def _floats(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"{text!r} is not a list of numbers", hint="write for example 0.485,0.456,0.406") from error
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{text!r} is not a list of counts", hint="write for example 1,2") from error
 
 
 def _batch(text: str) -> Batch:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -72,7 +72,8 @@ class Cell(Record, frozen=True, kw_only=True):
 
     `latency_s` are the raw samples in order, `process` the child each comes from, `load_s` and `first_s` one value per
     child, `memory_bytes` the most that any child took beyond what the runtime takes without a model. `flags` are
-    remarks on how it was measured, `evidence` what they rest on; `error` says why there is no measurement.
+    remarks on how it was measured, `evidence` what they rest on; `error` says why there is no measurement, or no more
+    of it.
     """
 
     artifact: str
@@ -102,6 +103,10 @@ class Cell(Record, frozen=True, kw_only=True):
             raise ValueError(f"{self.artifact}: neither samples nor an error")
         if not all(0 < value < math.inf for value in self.latency_s):
             raise ValueError(f"{self.artifact}: latency_s must be positive and finite")
+        if not all(0 <= value < math.inf for value in (*self.load_s, *self.first_s, self.energy_j or 0.0)):
+            raise ValueError(f"{self.artifact}: load_s, first_s and energy_j must be finite and not negative")
+        if min(self.batch, self.threads) < 1 or (self.memory_bytes or 0) < 0:
+            raise ValueError(f"{self.artifact}: batch and threads must be at least 1, memory_bytes not negative")
 
     @property
     def key(self) -> Key:
@@ -160,8 +165,8 @@ def read_profiles(directory: Path) -> tuple[Stored, ...]:
 def add_profile(directory: Path, fresh: Profile) -> Stored:
     """Keep a profile: its cells replace those of the same key in the file of that device under those conditions.
 
-    Where a file of that name holds others, the next free name is taken. Raises IntegrityError for a damaged file,
-    EnvironmentFailed when the disk fails.
+    A cell that failed does not replace one that was measured. Where a file of that name holds others, the next free
+    name is taken. Raises IntegrityError for a damaged file, EnvironmentFailed when the disk fails.
     """
     for number in count(1):
         path = directory / (_file_name(fresh) + ("" if number == 1 else f"-{number}") + ".json")
@@ -171,13 +176,19 @@ def add_profile(directory: Path, fresh: Profile) -> Stored:
                 before.device.differences(fresh.device) or before.conditions.differences(fresh.conditions)
             ):
                 continue
-            replaced = {cell.key for cell in fresh.cells}
-            kept = [cell for cell in before.cells if cell.key not in replaced] if before else []
-            merged = msgspec.structs.replace(fresh, cells=(*kept, *fresh.cells))
+            merged = msgspec.structs.replace(fresh, cells=_merged(before.cells if before else (), fresh.cells))
             with environment("writing the profile"):
                 write_atomically(path, msgspec.json.format(msgspec.json.encode(merged), indent=0) + b"\n")
             return Stored(path, merged)
     raise AssertionError  # count has no end
+
+
+def _merged(before: Sequence[Cell], fresh: Sequence[Cell]) -> tuple[Cell, ...]:
+    """What was there but for what was measured again; a measurement is not given up for a failure."""
+    good = {cell.key for cell in before if cell.error is None}
+    added = [cell for cell in fresh if cell.error is None or cell.key not in good]
+    replaced = {cell.key for cell in added}
+    return (*(cell for cell in before if cell.key not in replaced), *added)
 
 
 def _file_name(profile: Profile) -> str:

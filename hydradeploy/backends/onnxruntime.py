@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
@@ -70,9 +71,15 @@ class _Onnxruntime:
         return None if find_spec("onnxruntime") else "the package onnxruntime is not installed"
 
     def software(self) -> Mapping[str, str]:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return {"onnxruntime": version("onnxruntime")}
+        # The same module comes in several distributions.
+        for distribution in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-training"):
+            with suppress(PackageNotFoundError):
+                return {"onnxruntime": version(distribution)}
+        import onnxruntime
+
+        return {"onnxruntime": str(onnxruntime.__version__)}
 
     def prepare(self) -> None:
         import onnxruntime

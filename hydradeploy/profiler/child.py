@@ -6,9 +6,12 @@ two runtimes with spinning threads spoil each other's numbers.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -22,6 +25,7 @@ from hydradeploy.profiler.sampling import Measured, Sampling, measure
 from hydradeploy.spec import Record
 
 _PATIENCE_S = 3600
+_PR_SET_PDEATHSIG = 1
 # Not `-m`: that would let a file in the working directory stand in for a module of that name.
 _START = f"import sys; sys.path = list(filter(None, sys.path)); from {__name__} import main; sys.exit(main())"
 
@@ -81,6 +85,8 @@ def main() -> int:
     # Whatever a runtime prints goes to stderr; the last line on stdout is the answer.
     stdout = os.dup(1)
     os.dup2(2, 1)
+    with suppress(AttributeError, OSError):  # Linux only; elsewhere a killed parent leaves its child measuring
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         found = answer(msgspec.json.decode(sys.stdin.buffer.read(), type=Request))
     except HydraError as error:

@@ -20,7 +20,7 @@ from hydradeploy.bundle import Artifact, Bundle, open_bundle
 from hydradeploy.data.preprocess import normalise
 from hydradeploy.devices import Machine, machine
 from hydradeploy.errors import MissingError, UsageError, environment
-from hydradeploy.measurements import Cell, Profile, Stored, add_profile
+from hydradeploy.measurements import Cell, Profile, Stored, add_profile, read_profiles
 from hydradeploy.profiler.child import Request, spawn
 from hydradeploy.profiler.sampling import Measured, Sampling
 
@@ -45,7 +45,7 @@ class Preset:
 # quick: enough for p95 at 95 % where calls are independent (59) with a slow one among them (93). standard and gate: the
 # counts of measurement practice for the same where they are not. Fast models take more, which costs them nothing.
 PRESETS: Mapping[str, Preset] = {
-    "quick": Preset(5, Sampling(warmup=1, warmup_s=0.05, samples=20, seconds=0.2, at_most=200)),
+    "quick": Preset(5, Sampling(warmup=1, warmup_s=0.05, samples=20, seconds=0.1, at_most=100)),
     "standard": Preset(10, Sampling(warmup=3, warmup_s=0.5, samples=100, seconds=0.5, at_most=500)),
     "gate": Preset(10, Sampling(warmup=3, warmup_s=0.5, samples=200, seconds=0.5, at_most=500)),
 }
@@ -104,6 +104,7 @@ def profile(
     with environment(f"writing into {profiles}"):
         profiles.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=profiles).close()  # what cannot be kept is not worth measuring
+    read_profiles(profiles)  # nor what a damaged file would keep from being merged
     with _inputs(opened, {_batch(artifact) for artifact in chosen}) as files:
         jobs = [
             _Job(a, _request(opened, a, runner, count, files[_batch(a)], PRESETS[preset].sampling))

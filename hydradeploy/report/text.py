@@ -63,10 +63,10 @@ def answer_lines(answer: Answer, *, explain: bool = False) -> Iterator[str]:
 def sentence(cell: Picked) -> str:
     """A cell with its evidence."""
     latency, accuracy = cell.latency_s, cell.accuracy
-    independent = "if samples are independent, " if latency.if_independent else ""
+    assumed = f"assuming {latency.assumes}, " if latency.assumes else ""
     parts = [
         f"{cell.artifact} ({cell.backend}, {cell.threads} threads): {_latency(cell)}"
-        f" ({independent}{latency.n} samples worth {latency.n_effective:.0f})"
+        f" ({assumed}{latency.n} samples worth {latency.n_effective:.0f})"
     ]
     if accuracy is not None:
         interval = f"{show_percent(accuracy.lower)} .. {show_percent(accuracy.upper)}"

@@ -69,9 +69,9 @@ def notes(
     chosen = choice.pick
     if chosen is None:
         return
-    bounds = chosen.bounds(level, 0.95)
-    if bounds.assumes_independence:
-        yield f"{bounds.processes} processes are too few to know how processes differ: if samples are independent"
+    assumed = chosen.bounds(level, budget.confidence).assumes
+    if assumed is not None:
+        yield f"too few samples for a bound without assumptions: {assumed} (--preset standard takes more)"
     row = chosen.accuracy
     if row is not None and row.source == "declared":
         yield f"the accuracy on {row.dataset} was declared, not measured"

@@ -16,8 +16,8 @@ class Latency(Record, frozen=True, kw_only=True):
     """Observed percentiles in seconds, null where the samples cannot carry one, and the bound that was decided by.
 
     `upper` is the upper bound of `percentile` with `confidence`; `n_effective` what the n samples are worth were they
-    independent, `spread` how much the levels of processes differ, as a fraction. `if_independent`: there are too few
-    processes to say it without that condition.
+    independent, `spread` how much the levels of processes differ, as a fraction; `assumes` what the bound takes for
+    granted of the distribution, null where that is nothing.
     """
 
     p50: float | None
@@ -30,7 +30,7 @@ class Latency(Record, frozen=True, kw_only=True):
     n_effective: float
     processes: int
     spread: float | None
-    if_independent: bool
+    assumes: str | None
 
 
 class Accuracy(Record, frozen=True, kw_only=True):
@@ -158,5 +158,5 @@ def _latency(candidate: Candidate, level: float, confidence: float) -> Latency:
         n_effective=round(found.n_effective, 1),
         processes=found.processes,
         spread=found.spread,
-        if_independent=found.assumes_independence,
+        assumes=found.assumes,
     )

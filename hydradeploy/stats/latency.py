@@ -4,7 +4,8 @@ Samples of one process follow each other: what slows one call often slows the ne
 (`effective`). Processes differ: where memory landed, what else ran. Each is one draw from all the processes that could
 have been, so a bound for the next one must allow for their spread. The model is a level per process, log-normal
 between processes, times a residual of any distribution; where processes do not differ it is the distribution-free
-bound of `stats.order` at the effective sample size.
+bound of `stats.order` at the effective sample size. Where the samples are worth too few for that, an upper bound takes
+the residuals to be log-normal too, and `assumes` says so.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from functools import lru_cache
 from operator import mul
 
 from hydradeploy.stats.basics import mean, median, normal_quantile, variance
-from hydradeploy.stats.order import allowed_misses, lower_rank, quantile, samples_needed
+from hydradeploy.stats.order import allowed_misses, lower_rank, quantile
 
 # What the bounds are tested for. Beyond it levels are no longer a little noise around one value.
 MOST_SPREAD = 0.3
-# With fewer processes their spread is hardly known.
-ENOUGH_PROCESSES = 5
+# Samples per independent one: an AR(1) process of 0.9 has 19.
+MOST_DEPENDENCE = 20.0
+# Fewer say too little of any distribution.
+LEAST_WORTH = 10.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Bounds:
     """One percentile of a sample of latencies, in seconds.
 
     `lower` and `upper` are one-sided bounds, each with the confidence asked for; None where the samples cannot carry
-    one, and `why_not` says why. `n_effective` is what the samples are worth if they were independent; `spread` the
+    one, and `why_not` says why. `assumes` is what `upper` takes for granted, None where it is nothing about the shape
+    of the distribution. `n_effective` is what the samples are worth if they were independent; `spread` the
     standard deviation of the processes' levels beyond what their samples explain, as a fraction, None for one process.
     """
 
@@ -41,12 +45,8 @@ class Bounds:
     n_effective: float
     processes: int
     spread: float | None
+    assumes: str | None
     why_not: str | None
-
-    @property
-    def assumes_independence(self) -> bool:
-        """Whether there are too few processes to do without that assumption."""
-        return self.processes < ENOUGH_PROCESSES
 
 
 def bounds(samples: Sequence[float], process: Sequence[int], level: float, confidence: float) -> Bounds:
@@ -63,9 +63,10 @@ def bounds(samples: Sequence[float], process: Sequence[int], level: float, confi
     worth = n_effective(chains, level)
     spread = _spread(logs, len(samples) / worth)
     lower = upper = None
-    if spread is not None and spread <= _believable(len(chains)):
-        at = _Ranks(ordered, logs, worth, level, confidence)
-        lower, upper = at.lower(spread), at.upper(spread)
+    why_not = _why_not(len(samples), worth, spread, len(chains))
+    ranks = _Ranks(ordered, logs, worth, level, confidence)
+    if why_not is None and spread is not None:
+        lower, upper = ranks.lower(spread), ranks.upper(spread)
     return Bounds(
         level=level,
         estimate=quantile(ordered, level),
@@ -75,7 +76,8 @@ def bounds(samples: Sequence[float], process: Sequence[int], level: float, confi
         n_effective=worth,
         processes=len(chains),
         spread=spread,
-        why_not=_why_not(worth, spread, len(chains), level, confidence),
+        assumes="log-normal latencies" if upper is not None and ranks.misses is None else None,
+        why_not=why_not,
     )
 
 
@@ -148,13 +150,17 @@ class _Ranks:
     level: float
     confidence: float
 
-    def upper(self, spread: float) -> float | None:
-        misses = allowed_misses(math.floor(self.worth), self.level, self.confidence)
-        if misses is None:
-            return None
+    @property
+    def misses(self) -> int | None:
+        """How many independent samples may exceed the bound, None where there are too few for any."""
+        return allowed_misses(math.floor(self.worth), self.level, self.confidence)
+
+    def upper(self, spread: float) -> float:
         n = len(self.ordered)
-        place = n - 1 - math.floor(misses * n / self.worth)
         margin = tolerance_factor(len(self.logs), self.level, self.confidence) * spread if spread else 0.0
+        if self.misses is None:
+            return max(self.ordered[-1], self._of_log_normals(margin))
+        place = n - 1 - math.floor(self.misses * n / self.worth)
         return max(quantile(self.ordered, self.level), self.ordered[place], self._of_a_fresh_process(place, margin))
 
     def lower(self, spread: float) -> float | None:
@@ -165,6 +171,15 @@ class _Ranks:
         margin = tolerance_factor(len(self.logs), 0.5, self.confidence) * spread if spread else 0.0
         # Of very few independent ones even the largest bounds from below; it may lie above the estimate.
         return min(quantile(self.ordered, self.level), self.ordered[place], self._of_a_fresh_process(place, -margin))
+
+    def _of_log_normals(self, margin: float) -> float:
+        """The tolerance bound of a third as many normal logarithms as the samples are worth, moved by a margin.
+
+        A third, because few dependent samples hide how dependent they are, and tails are heavier than that.
+        """
+        logs = [value for chain in self.logs for value in chain]
+        factor = tolerance_factor(max(2, math.floor(self.worth / 3)), self.level, self.confidence)
+        return math.exp(mean(logs) + factor * math.sqrt(variance(logs)) + margin)
 
     def _of_a_fresh_process(self, place: int, margin: float) -> float:
         """The mean level, moved by a margin, times the residual of that place."""
@@ -192,14 +207,15 @@ def _believable(processes: int) -> float:
     return MOST_SPREAD * math.pow(1 - weight + normal_quantile(0.9) * math.sqrt(weight), 1.5)
 
 
-def _why_not(worth: float, spread: float | None, processes: int, level: float, confidence: float) -> str | None:
+def _why_not(n: int, worth: float, spread: float | None, processes: int) -> str | None:
     if spread is None:
         return "one process says nothing about the next one"
     if spread > _believable(processes):
         return f"{processes} processes differ by {spread:.0%}, too much for a statement about the next one"
-    needed = samples_needed(level, confidence)
-    if math.floor(worth) < needed:
-        return f"the samples are worth {worth:.0f} independent ones, p{100 * level:g} takes {needed}"
+    if n / worth > MOST_DEPENDENCE:
+        return f"calls depend on each other too much: {n} are worth {worth:.0f} independent ones"
+    if worth < LEAST_WORTH:
+        return f"{n} samples are worth {worth:.0f} independent ones, a bound takes {LEAST_WORTH:.0f}"
     return None
 
 
