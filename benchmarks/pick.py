@@ -114,7 +114,7 @@ def selection(bundle: Bundle, count: int, rounds: int) -> list[dict[str, object]
     for number in range(count):
         artifact = artifacts[number % len(artifacts)]
         level = artifact.macs / 50e9 * generator.uniform(0.5, 2)
-        candidates.append(Candidate(cell(artifact, 5, 20, level, number, generator), artifact, rows[artifact.name]))
+        candidates.append(Candidate(cell(artifact, 5, 20, level, number + 1, generator), artifact, rows[artifact.name]))
     found = []
     for name, limit_s in (("most fit", 0.5), ("some fit", 0.1), ("few fit", 0.015), ("none fits", 0.005)):
         budget = Budget(latency=(LatencyLimit(percentile=0.95, limit_s=limit_s),))

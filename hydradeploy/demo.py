@@ -76,8 +76,8 @@ def demo(
     say(f"  {len(written.manifest.artifacts)} subnets over one weights file")
     say(f"$ hydradeploy evaluate --data {DATA}")
     evaluate(bundle, DATA, report=report)
-    say("$ hydradeploy profile")
-    measured = profile(bundle, profiles, report=report)
+    say("$ hydradeploy profile --threads 1")  # so small a model only waits for a second one
+    measured = profile(bundle, profiles, threads=(1,), report=report)
     opened = open_bundle(bundle, "manifest")
     found = candidates(opened.manifest.artifacts, read_accuracy(opened), read_profile(measured.stored.path).profile)
     for line in _table(found):
@@ -97,15 +97,14 @@ def demo(
 
 
 def budgets(found: tuple[Candidate, ...]) -> tuple[float, ...]:
-    """Three budgets in seconds, two digits each, that lie among what was measured: tight, middling, generous.
+    """Three budgets in seconds, two digits each: what the least demanding, the middle and the most demanding cell need.
 
-    On the way from the fastest cell's bound to the slowest one's; where noise leaves no bound, from what was observed.
+    By their bounds; where noise leaves a cell none, by half as much again as was observed.
     """
     needs = sorted(
         c.bounds(DEFAULT_LEVEL, 0.95).upper or 1.5 * c.estimate_s(DEFAULT_LEVEL) for c in found if c.cell.latency_s
     )
-    low, high = needs[0], needs[-1]
-    return tuple(_rounded_up(low + share * (high - low)) for share in (0.25, 0.6, 1.0))
+    return tuple(_rounded_up(needs[place]) for place in (0, len(needs) // 2, -1))
 
 
 def _rounded_up(seconds: float) -> float:

@@ -101,7 +101,10 @@ class Cell(Record, frozen=True, kw_only=True):
             raise ValueError(f"{self.artifact}: {len(self.latency_s)} samples of {len(self.process)} processes")
         if not self.latency_s and self.error is None:
             raise ValueError(f"{self.artifact}: neither samples nor an error")
-        if not all(0 < value < math.inf for value in self.latency_s):
+        # A sum shows a NaN wherever it stands, and a pick reads thousands of samples.
+        if self.latency_s and (
+            math.isnan(sum(self.latency_s)) or not 0 < min(self.latency_s) <= max(self.latency_s) < math.inf
+        ):
             raise ValueError(f"{self.artifact}: latency_s must be positive and finite")
         if not all(0 <= value < math.inf for value in (*self.load_s, *self.first_s, self.energy_j or 0.0)):
             raise ValueError(f"{self.artifact}: load_s, first_s and energy_j must be finite and not negative")

@@ -84,6 +84,11 @@ def show_percent(fraction: float, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f}%"
 
 
+def show_threads(count: int) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} thread" + ("" if count == 1 else "s")
+
+
 def _scaled(value: float, units: Mapping[str, float]) -> str:
     """Three significant digits in the largest unit that leaves at least 1 after rounding; empty where none does."""
     for name, factor in sorted(units.items(), key=lambda unit: unit[1], reverse=True):

@@ -24,6 +24,7 @@ def draw(candidates: Sequence[Candidate], answers: Sequence[Answer], path: Path,
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullFormatter, StrMethodFormatter
     except ModuleNotFoundError as error:
         raise MissingError("pictures are drawn by matplotlib", hint="pip install 'hydradeploy[plot]'") from error
 
@@ -35,6 +36,8 @@ def draw(candidates: Sequence[Candidate], answers: Sequence[Answer], path: Path,
         _point(axes, candidate, hollow=place in beaten)
     front = sorted((_at(c) for place, c in enumerate(shown) if place not in beaten), key=lambda at: at[0])
     axes.plot([x for x, _ in front], [y for _, y in front], color="C0", linewidth=1, zorder=1, label="front")
+    if beaten:
+        axes.plot([], [], "o", color="C0", markerfacecolor="white", label="dominated")
     for number, answer in enumerate(answers):
         _pick(axes, answer, shown, f"C{number + 1}")
     axes.set(
@@ -42,7 +45,10 @@ def draw(candidates: Sequence[Candidate], answers: Sequence[Answer], path: Path,
         ylabel="top-1 in %, with its 95 % interval",
         title=title,
     )
-    axes.grid(visible=True, alpha=0.3)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(loc="lower right")
     with environment("writing the picture"):
         figure.savefig(path, dpi=120, metadata={"Software": None})
@@ -72,8 +78,8 @@ def _point(axes: Any, candidate: Candidate, *, hollow: bool) -> None:
         alpha=0.9,
         zorder=2,
     )
-    name = f"{candidate.artifact.name} (dominated)" if hollow else candidate.artifact.name
-    axes.annotate(name, (x, y), xytext=(5, -11), textcoords="offset points", fontsize=7)
+    name = candidate.artifact.name.partition("-")[0]
+    axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
 
 
 def _pick(axes: Any, answer: Answer, shown: Sequence[Candidate], colour: str) -> None:

@@ -9,7 +9,7 @@ from hydradeploy.selector.answer import Answer, Picked
 from hydradeploy.selector.budget import percentile_name
 from hydradeploy.stats.basics import median
 from hydradeploy.stats.latency import bounds
-from hydradeploy.units import show_bytes, show_percent, show_seconds
+from hydradeploy.units import show_bytes, show_percent, show_seconds, show_threads
 
 CELL_HEADER = ("artifact", "threads", "p50", "p95", "p95 at most", "samples", "worth", "first run", "load", "memory")
 DEVICE_HEADER = ("device", "verdict", "artifact", "p50", "at most", "top-1")
@@ -57,7 +57,7 @@ def answer_lines(answer: Answer, *, explain: bool = False) -> Iterator[str]:
         if answer.runner_up is not None:
             yield f"next: {sentence(answer.runner_up)}"
         for cell in answer.rejected:
-            yield f"refused: {cell.artifact} ({cell.backend}, {cell.threads} threads): {cell.reason}"
+            yield f"refused: {cell.artifact} ({cell.backend}, {show_threads(cell.threads)}): {cell.reason}"
 
 
 def sentence(cell: Picked) -> str:
@@ -65,7 +65,7 @@ def sentence(cell: Picked) -> str:
     latency, accuracy = cell.latency_s, cell.accuracy
     assumed = f"assuming {latency.assumes}, " if latency.assumes else ""
     parts = [
-        f"{cell.artifact} ({cell.backend}, {cell.threads} threads): {_latency(cell)}"
+        f"{cell.artifact} ({cell.backend}, {show_threads(cell.threads)}): {_latency(cell)}"
         f" ({assumed}{latency.n} samples worth {latency.n_effective:.0f})"
     ]
     if accuracy is not None:

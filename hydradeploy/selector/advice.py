@@ -13,7 +13,7 @@ from hydradeploy.selector.budget import Budget
 from hydradeploy.selector.choose import Choice, Rules, choose, meets
 from hydradeploy.selector.judge import INVALID_FLAGS, Candidate
 from hydradeploy.stats.latency import mean_bounds
-from hydradeploy.units import show_bytes, show_percent, show_seconds
+from hydradeploy.units import show_bytes, show_percent, show_seconds, show_threads
 
 
 def knobs(
@@ -138,4 +138,4 @@ _LIMITS: tuple[tuple[str, Callable[[Candidate, float], float | None], Callable[[
 
 def _label(candidate: Candidate) -> str:
     cell = candidate.cell
-    return f"{candidate.artifact.name} ({cell.backend}, {cell.threads} threads)"
+    return f"{candidate.artifact.name} ({cell.backend}, {show_threads(cell.threads)})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from hydradeploy.bundle import AccuracyRow, Artifact
@@ -56,7 +57,7 @@ class Candidate:
 
     def bounds(self, level: float, confidence: float) -> Bounds:
         """What the samples say of a percentile."""
-        return bounds(self.cell.latency_s, self.cell.process, level, confidence)
+        return _bounds(self.cell.latency_s, self.cell.process, level, confidence)
 
     def refused(self, accept: tuple[str, ...], strict: bool, needs_accuracy: bool) -> str | None:
         """Why the cell cannot be picked whatever the budget, None where it can."""
@@ -71,6 +72,12 @@ class Candidate:
         if needs_accuracy and self.accuracy is None:
             return "no accuracy measured of these weights"
         return None
+
+
+@lru_cache(maxsize=1024)
+def _bounds(samples: tuple[float, ...], process: tuple[int, ...], level: float, confidence: float) -> Bounds:
+    """Kept, because a pick asks several times and each takes milliseconds."""
+    return bounds(samples, process, level, confidence)
 
 
 def possible(candidate: Candidate, budget: Budget) -> bool:

@@ -55,7 +55,12 @@ def bounds(samples: Sequence[float], process: Sequence[int], level: float, confi
     `samples` are in seconds and in order, `process` tells the child each comes from. Raises ValueError for none, for
     values that are no positive numbers, and where the two differ in length.
     """
-    if not samples or len(samples) != len(process) or not all(0 < value < math.inf for value in samples):
+    if (
+        not samples
+        or len(samples) != len(process)
+        or not (0 < min(samples) <= max(samples) < math.inf)
+        or math.isnan(sum(samples))
+    ):
         raise ValueError("latencies must be positive and finite, at least one, with a process each")
     chains = _chains(samples, process)
     ordered = sorted(samples)
@@ -269,7 +274,9 @@ def _chi(freedom: int) -> list[tuple[float, float]]:
         s = last * root * root
         density = math.exp(log_scale + (freedom - 1) * math.log(s) - freedom * s * s / 2)
         simpson = 1 if i == steps else 4 if i % 2 else 2
-        points.append((s, density * 2 * last * root * simpson / steps / 3))
+        weight = density * 2 * last * root * simpson / steps / 3
+        if weight > 1e-14:
+            points.append((s, weight))
     return points
 
 

@@ -58,10 +58,13 @@ def _largest_tail(n: int, share: float, most: float) -> int | None:
     """The largest m with P(Bin(n, share) <= m) <= most; None where not even m = 0 has it."""
     if not (n >= 0 and 0 < share < 1 and 0 < most < 1):
         raise ValueError(f"no ranks for {n} samples, share {share}, probability {most}")
-    # In logarithms: the first terms of large n underflow, their ratios do not.
-    odds, term = math.log(share) - math.log1p(-share), n * math.log1p(-share)
+    # From twelve standard deviations below the mean: what lies before is nothing. In logarithms, as terms underflow.
+    first = max(0, math.floor(n * share - 12 * math.sqrt(n * share * (1 - share)) - 12))
+    odds = math.log(share) - math.log1p(-share)
+    term = math.lgamma(n + 1) - math.lgamma(first + 1) - math.lgamma(n - first + 1)
+    term += first * math.log(share) + (n - first) * math.log1p(-share)
     total = 0.0
-    for m in range(n + 1):
+    for m in range(first, n + 1):
         total += math.exp(term)
         # Equality counts, but a sum of floats does not reach it: thousands of terms are off by up to 1e-10.
         if total > most * (1 + 1e-9):

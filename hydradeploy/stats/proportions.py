@@ -33,9 +33,13 @@ def mcnemar(only_one: int, only_other: int) -> float:
     if only_one < 0 or only_other < 0:
         raise ValueError(f"counts cannot be negative: {only_one}, {only_other}")
     total, fewer = only_one + only_other, min(only_one, only_other)
-    log_half = total * math.log(0.5)
-    tail = math.fsum(
-        math.exp(math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1) + log_half)
-        for i in range(fewer + 1)
-    )
+    # From the largest term down; the first is found in logarithms, because powers of a half underflow.
+    log_first = math.lgamma(total + 1) - math.lgamma(fewer + 1) - math.lgamma(total - fewer + 1)
+    term = math.exp(log_first + total * math.log(0.5))
+    tail = 0.0
+    for i in range(fewer, -1, -1):
+        tail += term
+        term *= i / (total - i + 1)
+        if term < 1e-17 * tail:
+            break
     return min(1.0, 2 * tail)
