@@ -18,6 +18,7 @@ setup: .venv/ready $(if $(DEVICE_PYTHON),.venv-device/ready)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q "$(TORCH)" 2>/dev/null || $(BIN)/pip install -q --extra-index-url $(TORCH_INDEX) "$(TORCH)"
 	$(BIN)/pip install -q -e ".[dev]" "$(TORCH)"
+	$(BIN)/python -m compileall -q hydradeploy
 	touch $@
 
 .venv-device/ready: pyproject.toml Makefile

@@ -68,15 +68,15 @@ def demo(
     if epochs is not None:
         preset = msgspec.structs.replace(preset, recipe=msgspec.structs.replace(preset.recipe, epochs=epochs))
 
-    say(f"$ hydradeploy train --data {DATA}")
+    say(f"> hydradeploy train --data {DATA}")
     trained = train(DATA, supernet, preset, force=force, report=report)
     say(f"  {trained.seconds:.0f} s")
-    say(f"$ hydradeploy export --data {DATA}")
+    say(f"> hydradeploy export --data {DATA}")
     written = export(supernet, bundle, data=DATA, force=force, report=report)
     say(f"  {len(written.manifest.artifacts)} subnets over one weights file")
-    say(f"$ hydradeploy evaluate --data {DATA}")
+    say(f"> hydradeploy evaluate --data {DATA}")
     evaluate(bundle, DATA, report=report)
-    say("$ hydradeploy profile --threads 1")  # so small a model only waits for a second one
+    say("> hydradeploy profile --threads 1")  # so small a model only waits for a second one
     measured = profile(bundle, profiles, threads=(1,), report=report)
     opened = open_bundle(bundle, "manifest")
     found = candidates(opened.manifest.artifacts, read_accuracy(opened), read_profile(measured.stored.path).profile)
@@ -85,7 +85,7 @@ def demo(
     answers = []
     for limit_s in budgets(found):
         budget = Budget(latency=(LatencyLimit(percentile=DEFAULT_LEVEL, limit_s=limit_s),))
-        say(f"$ hydradeploy pick --latency {show_seconds(limit_s).replace(' ', '')}")
+        say(f"> hydradeploy pick --latency {show_seconds(limit_s).replace(' ', '')}")
         answers.append(pick(bundle, profiles, Request(budget)))
         for line in answer_lines(answers[-1]):
             say(f"  {line}")

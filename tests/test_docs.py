@@ -30,6 +30,9 @@ def commands(page: Path) -> list[str]:
     return [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
 
 
+SHORTER = {"demo": ["--epochs", "1"], "train": ["--epochs", "1"], "profile": ["--heads", "3,6"]}
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
     """A directory with what the README's reader has: an official checkpoint, a photo, labelled images. All small."""
@@ -50,17 +53,26 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_readme_runs_from_top_to_bottom(workplace, capsys):
-    """As it stands, but for two epochs of training instead of all."""
+    """As it stands, but for a training cut short and fewer cells measured.
+
+    What a busy machine measures may be inconclusive (exit 4); nothing else is excused.
+    """
     require("sklearn")
     found = commands(ROOT / "README.md")
-    assert len(found) >= 9
+    assert len(found) >= 14
     for command in found:
+        if command == "make demo":
+            target = re.search(r"^demo:.*\n\t\$\(BIN\)/(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert target is not None
+            command = target[1]
         words = shlex.split(command, comments=True)
         assert words[0] == "hydradeploy"
-        if words[1] == "train":
-            words += ["--epochs", "2"]
+        words += SHORTER.get(words[1], [])
         ran = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
-        assert ran.returncode == 0, f"{command}\n{ran.stderr}"
+        allowed = (0, 4) if "--latency" in words else (0,)
+        assert ran.returncode in allowed, f"{command}\n{ran.stderr}"
+        if words[1] == "demo":
+            shutil.copy("build/demo/supernet.safetensors", "supernet.safetensors")
     snippets = blocks(ROOT / "README.md", "python")
     assert len(snippets) == 2
     for snippet in snippets:
