@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hydradeploy.bundle import open_bundle
-    from hydradeploy.demo import demo
     from hydradeploy.errors import HydraError
     from hydradeploy.evaluator.evaluate import declare, evaluate
     from hydradeploy.exporter.export import export
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = [
     "HydraError",
     "declare",
-    "demo",
     "evaluate",
     "export",
     "import_checkpoint",
@@ -41,7 +39,6 @@ __all__ = [
 _MODULES = {
     "HydraError": "hydradeploy.errors",
     "declare": "hydradeploy.evaluator.evaluate",
-    "demo": "hydradeploy.demo",
     "evaluate": "hydradeploy.evaluator.evaluate",
     "export": "hydradeploy.exporter.export",
     "import_checkpoint": "hydradeploy.supernet.importer",

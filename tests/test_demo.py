@@ -15,7 +15,7 @@ def ran(tmp_path_factory):
     """One run for all tests of this module, with what it said."""
     require("sklearn")
     require("matplotlib")
-    from hydradeploy import demo
+    from hydradeploy.demo import demo
 
     said: list[str] = []
     out = tmp_path_factory.mktemp("demo") / "out"

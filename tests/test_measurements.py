@@ -130,6 +130,8 @@ def test_a_cell_is_the_same_measurement_where_nothing_of_its_key_differs(tmp_pat
     assert (first.key == second.key) == (field not in KEY)
     add_profile(tmp_path, profile(first))
     found = add_profile(tmp_path, profile(second)).profile.cells
+    if field == "error":
+        second = first  # a failure is no measurement of the same
     assert found == ((first, second) if field in KEY else (second,))
 
 
@@ -150,10 +152,14 @@ def test_cells_replace_those_of_the_same_key_and_no_others(tmp_path_factory, fir
     assert len(stored.profile.cells) == len({*first, *second})
 
 
-def test_a_failed_measurement_replaces_the_earlier_one_of_the_same(tmp_path):
-    add_profile(tmp_path, profile(cell()))
+def test_a_failed_measurement_replaces_a_failed_one_and_never_a_measured_one(tmp_path):
     failed = cell(latency_s=(), process=(), load_s=(), first_s=(), memory_bytes=None, error="it said nothing")
-    assert add_profile(tmp_path, profile(failed)).profile.cells == (failed,)
+    again = msgspec.structs.replace(failed, error="it said nothing again")
+    (tmp_path / "failed").mkdir()
+    add_profile(tmp_path / "failed", profile(failed))
+    assert add_profile(tmp_path / "failed", profile(again)).profile.cells == (again,)
+    measured = add_profile(tmp_path, profile(cell())).profile.cells
+    assert add_profile(tmp_path, profile(failed)).profile.cells == measured
 
 
 @pytest.mark.parametrize(
@@ -413,6 +419,28 @@ def test_a_cell_of_impossible_latencies_is_not_made(value, place):
         cell(latency_s=tuple(latency_s))
 
 
+@pytest.mark.parametrize("field", ["load_s", "first_s", "energy_j"])
+@pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf, -math.inf])
+def test_a_cell_with_a_time_or_an_energy_that_is_none_is_refused(field, value):
+    with pytest.raises(ValueError, match="h03-fp32: load_s, first_s and energy_j must be finite and not negative"):
+        cell(**{field: value if field == "energy_j" else (0.5, value)})
+    with pytest.raises(ValueError, match="energy_j"):
+        cell(latency_s=(), process=(), error="gone", **{field: value if field == "energy_j" else (value,)})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"batch": 0}, {"batch": -1}, {"threads": 0}, {"threads": -4}, {"memory_bytes": -1}]
+)
+def test_a_cell_with_a_count_that_is_none_is_refused(changes):
+    with pytest.raises(ValueError, match="batch and threads must be at least 1, memory_bytes not negative"):
+        cell(**changes)
+
+
+def test_nothing_is_a_time_an_energy_and_a_memory():
+    nothing = cell(load_s=(0.0, 0.0), first_s=(0.0,), energy_j=0.0, memory_bytes=0, batch=1, threads=1)
+    assert (nothing.load_s, nothing.energy_j, nothing.memory_bytes) == ((0.0, 0.0), 0.0, 0)
+
+
 def test_a_cell_needs_samples_or_an_error():
     with pytest.raises(ValueError, match="h03-fp32: neither samples nor an error"):
         cell(latency_s=(), process=())
@@ -421,7 +449,7 @@ def test_a_cell_needs_samples_or_an_error():
 
 def test_a_profile_was_measured_when_its_newest_cell_was():
     times = ["2026-01-02T00:00:00+00:00", "2026-03-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00"]
-    assert profile(*(cell(threads=n, measured_at=t) for n, t in enumerate(times))).measured_at == times[1]
+    assert profile(*(cell(threads=n, measured_at=t) for n, t in enumerate(times, 1))).measured_at == times[1]
     assert Profile(device=DEVICE, conditions=CONDITIONS, cells=()).measured_at == ""
 
 

@@ -93,9 +93,9 @@ def possible(candidate: Candidate, budget: Budget) -> bool:
         return False
     samples = cell.latency_s
     for limit in budget.latency:
-        # No dependence and no spread would make the bound any lower than this.
-        most = allowed_misses(len(samples), limit.percentile, budget.confidence)
-        if most is None or (max(samples) > limit.limit_s and _more_over(samples, limit.limit_s, most)):
+        # No dependence and no spread would make the bound any lower than this; of too few samples it is the slowest.
+        most = allowed_misses(len(samples), limit.percentile, budget.confidence) or 0
+        if max(samples) > limit.limit_s and _more_over(samples, limit.limit_s, most):
             return False
     return True
 

@@ -386,7 +386,7 @@ def test_dominated_is_what_another_beats_in_one_and_equals_in_the_other(figures,
 
 
 def test_missing_samples_are_inconclusive_and_missed_limits_infeasible():
-    few = candidate(2, latencies(*(4 * MS,) * 5, n=5), share(150))
+    few = candidate(2, latencies(*(4 * MS,) * 5, n=1), share(150))
     over = candidate(2, latencies(*(7 * MS,) * 5), share(150))
     budget = Budget(latency=(limit(95, 6 * MS),))
     assert choose([few], budget).verdict == "inconclusive"
@@ -397,9 +397,26 @@ def test_missing_samples_are_inconclusive_and_missed_limits_infeasible():
     assert choose([few], msgspec.structs.replace(budget, size_bytes=1.0)).verdict == "infeasible"
 
 
+@pytest.mark.parametrize(("percent", "n"), [(95, 5), (95, 11), (99, 5), (99, 40), (99.9, 40)])
+def test_too_few_samples_meet_a_limit_that_log_normal_latencies_meet(percent, n):
+    few = candidate(2, latencies(*(4 * MS,) * 5, n=n), share(150))
+    found = few.bounds(percent / 100, 0.95)
+    assert found.assumes == "log-normal latencies"
+    assert found.upper > max(few.cell.latency_s)
+    budget = Budget(latency=(limit(percent, found.upper),))
+    (check,) = judged(few, budget, Rules())
+    assert check.status == "met"
+    assert possible(few, budget)
+    choice = choose([few], budget)
+    assert (choice.verdict, choice.pick) == ("pass", few)
+    below = Budget(latency=(limit(percent, math.nextafter(found.upper, 0)),))
+    assert choose([few], below).verdict == "inconclusive"
+
+
 def test_more_samples_are_enough_when_they_are_taken():
     few = candidate(2, latencies(*(4 * MS,) * 5, n=5), share(150))
-    budget = Budget(latency=(limit(95, 6 * MS),))
+    # Above all calls, below what their logarithms bound it by.
+    budget = Budget(latency=(limit(95, 4.045 * MS),))
     (check,) = judged(few, budget, Rules())
     assert check.more == 59 - 25
     for more, verdict in ((check.more - 5, "inconclusive"), (check.more + 1, "pass")):
