@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 from hydradeploy.bundle import AccuracyRow, Artifact
 from hydradeploy.measurements import Cell
-from hydradeploy.selector.budget import Budget, LatencyLimit
+from hydradeploy.selector.budget import Budget, LatencyLimit, percentile_name
 from hydradeploy.stats.basics import normal_quantile
 from hydradeploy.stats.latency import Bounds, bounds, mean_bounds
 from hydradeploy.stats.order import allowed_misses, quantile, samples_needed
@@ -76,8 +76,17 @@ class Candidate:
 
 @lru_cache(maxsize=1024)
 def _bounds(samples: tuple[float, ...], process: tuple[int, ...], level: float, confidence: float) -> Bounds:
-    """Kept, because a pick asks several times and each takes milliseconds."""
-    return bounds(samples, process, level, confidence)
+    """Kept, because a pick asks several times and each takes milliseconds.
+
+    A budget is not met by extrapolation: beyond what as many independent samples would carry nothing is known of a
+    tail, and most are not log-normal.
+    """
+    found = bounds(samples, process, level, confidence)
+    needed = samples_needed(level, confidence)
+    if found.assumes is None or found.n >= needed:
+        return found
+    why_not = f"{percentile_name(level)} takes {needed} samples even were they independent"
+    return replace(found, upper=None, assumes=None, why_not=why_not)
 
 
 def possible(candidate: Candidate, budget: Budget) -> bool:

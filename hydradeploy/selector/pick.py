@@ -87,8 +87,8 @@ def _check(request: Request) -> None:
         raise UsageError(f"cannot prefer {request.prefer!r}", hint=f"one of {', '.join(PREFERENCES)}")
     if request.budget == Budget(confidence=request.budget.confidence) and request.prefer is None:
         raise UsageError("no budget given", hint="for example hydradeploy pick --latency 20ms")
-    if not 0.5 <= request.budget.confidence < 1:
-        raise UsageError(f"confidence {request.budget.confidence} is not possible", hint="from 50% to below 100%")
+    if not 0.5 <= request.budget.confidence <= 0.999:
+        raise UsageError(f"confidence {request.budget.confidence} is not possible", hint="from 50% to 99.9%")
 
 
 def _now(stored: Stored, here: Machine) -> Conditions | None:

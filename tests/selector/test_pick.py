@@ -147,8 +147,8 @@ def test_a_percentile_is_null_where_the_samples_cannot_carry_it(world: World):
         found = world.json("--size", "1GiB", "--prefer", "latency")["pick"]["latency_s"]
         assert found["n"] == 5 * n
         assert {key for key in ("p50", "p95", "p99") if found[key] is not None} == carried
-        assert (found["upper"] is None) == (n == 1)
-        assert found["assumes"] == ("log-normal latencies" if n == 10 else None)
+        assert (found["upper"] is None) == (5 * n < 59)
+        assert found["assumes"] is None
 
 
 def test_the_cheaper_one_is_offered_where_the_difference_may_be_chance(world: World):
@@ -242,7 +242,7 @@ MISSES = {
     "accuracy": (["--min-top1", "99.9%"], 3, 1),
     "accuracy or latency": (["--min-top1", "86%", "--latency", "p95<=4.5ms"], 3, 2),
     "accuracy not proven": (["--min-top1", "80%", "--latency", "p95<=4.5ms"], 4, 2),
-    "latency not proven": (["--latency", "p99<=2.2ms"], 4, 1),
+    "latency not proven": (["--latency", "p99<=2.2ms"], 4, 0),
     "three at once": (["--latency", "p95<=1ms", "--size", "1kB", "--min-top1", "99%"], 3, 0),
 }
 
@@ -313,12 +313,11 @@ def test_a_percentile_beyond_the_samples_is_inconclusive_and_says_how_many_more(
     assert (found["verdict"], found["pick"], found["nearest"]["artifact"]) == ("inconclusive", None, "h02-fp32")
     nearest = found["nearest"]["latency_s"]
     assert found["more_samples"] == pytest.approx(299 * 200 / nearest["n_effective"] - 200, abs=2)
-    assert (nearest["p99"], nearest["assumes"]) == (None, "log-normal latencies")
-    assert nearest["upper"] > 2.025 * MS
+    assert (nearest["p99"], nearest["assumes"], nearest["upper"]) == (None, None, None)
     told = world.run("--latency", NOT_PROVEN)
     assert told.code == 4
     assert f"about {found['more_samples']} more samples" in told.out
-    assert re.search(r"0 of 200 calls over 2\.0\d ms; with 95% confidence no more than 2\.0\d ms", told.out)
+    assert re.search(r"0 of 200 calls over 2\.0\d ms; p99 takes 299 samples even were they independent", told.out)
     # Thrice of it: what would tell is an estimate, and this limit is a hair above the slowest call.
     world.ladder(n=3 * (found["more_samples"] + 200) // 5)
     picked = world.json("--latency", NOT_PROVEN)["pick"]
@@ -326,20 +325,18 @@ def test_a_percentile_beyond_the_samples_is_inconclusive_and_says_how_many_more(
     assert picked["latency_s"]["p99"] <= picked["latency_s"]["upper"] <= 2.025 * MS
 
 
-@pytest.mark.parametrize(("budget", "n", "null"), [("p99<=2.5ms", 40, {"p99"}), ("p95<=2.5ms", 10, {"p95", "p99"})])
-def test_a_percentile_beyond_the_samples_is_met_by_log_normal_latencies_and_that_is_said(world: World, budget, n, null):
-    world.ladder(n=n)
-    found = world.json("--latency", budget)
-    assert (found["verdict"], found["pick"]["artifact"]) == ("pass", "h02-fp32")
+def test_a_bound_that_assumes_log_normal_latencies_says_so(bare: World):
+    bare.evaluated()
+    thrice = [[value for value in chain for _ in range(3)] for chain in latencies(*(2 * MS,) * 5, n=10)]
+    bare.measured(cell(bare.named(2), thrice))
+    found = bare.json("--latency", "2.5ms")
     latency = found["pick"]["latency_s"]
     assert latency["assumes"] == "log-normal latencies"
-    assert max(world.cell(2, n=n).latency_s) <= latency["upper"] <= 2.5 * MS
-    assert {key for key in ("p50", "p95", "p99") if latency[key] is None} == null
+    assert max(max(chain) for chain in thrice) <= latency["upper"] <= 2.5 * MS
     note = "too few samples for a bound without assumptions: log-normal latencies (--preset standard takes more)"
-    assert found["notes"] == [note]
-    first, *others = world.run("--latency", budget).out.splitlines()
-    worth = f"{latency['n_effective']:.0f}"
-    assert f"(assuming log-normal latencies, {5 * n} samples worth {worth})" in first
+    assert note in found["notes"]
+    first, *others = bare.run("--latency", "2.5ms").out.splitlines()
+    assert f"(assuming log-normal latencies, 150 samples worth {latency['n_effective']:.0f})" in first
     assert f"note: {note}" in others
 
 
