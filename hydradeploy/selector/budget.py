@@ -42,6 +42,11 @@ class Budget(Record, frozen=True, kw_only=True):
     confidence: float = 0.95
 
     @property
+    def level(self) -> float:
+        """The percentile that latencies are compared by: the first that is limited."""
+        return self.latency[0].percentile if self.latency else DEFAULT_LEVEL
+
+    @property
     def only_a_floor(self) -> bool:
         """Whether nothing but accuracy is asked for: then the fastest is wanted, not the most accurate."""
         others = (self.memory_bytes, self.energy_j, self.size_bytes, self.throughput_per_s)

@@ -123,7 +123,6 @@ def dominated(candidates: Sequence[Candidate], level: float = DEFAULT_LEVEL) -> 
 
 def _preference(rules: Rules, budget: Budget) -> Callable[[Candidate], tuple[float, ...]]:
     """What to sort by, the best first; among equals the fastest."""
-    level = budget.latency[0].percentile if budget.latency else DEFAULT_LEVEL
 
     def accuracy(candidate: Candidate) -> float:
         if rules.larger_is_better:
@@ -134,7 +133,7 @@ def _preference(rules: Rules, budget: Budget) -> Callable[[Candidate], tuple[flo
         return math.inf if value is None else value
 
     keys: dict[Preference, Callable[[Candidate], float]] = {
-        "latency": lambda c: c.estimate_s(level),
+        "latency": lambda c: c.estimate_s(budget.level),
         "energy": lambda c: amount(c.cell.energy_j),
         "memory": lambda c: amount(c.cell.memory_bytes),
         "size": lambda c: c.artifact.size_bytes,

@@ -12,7 +12,7 @@ from hydradeploy.errors import ExitCode, ForeignError, InvalidError, UsageError
 from hydradeploy.measurements import Conditions, Stored, read_profile, read_profiles
 from hydradeploy.selector.advice import knobs, notes
 from hydradeploy.selector.answer import Answer, Picked, picked, rejected
-from hydradeploy.selector.budget import DEFAULT_LEVEL, PREFERENCES, Budget, Preference
+from hydradeploy.selector.budget import PREFERENCES, Budget, Preference
 from hydradeploy.selector.choose import Rules, choose, judged
 from hydradeploy.selector.join import candidates, check_measured, profile_of, rows_of
 from hydradeploy.selector.judge import Candidate
@@ -120,12 +120,12 @@ def _answer(
             hint="measure again undisturbed, or pick without --strict",
         )
     choice = choose(found, budget, rules)
-    level = budget.latency[0].percentile if budget.latency else DEFAULT_LEVEL
+    level = budget.level
     shown = {name: _shown(getattr(choice, name), budget, level) for name in ("pick", "runner_up", "cheaper", "nearest")}
     judgements = [(candidate, judged(candidate, budget, rules)) for candidate in found if candidate is not choice.pick]
     nearest = next((checks for candidate, checks in judgements if candidate is choice.nearest), [])
     more = max((check.more for check in nearest if check.more is not None), default=None)
-    elsewhere = [(other, candidates(artifacts, rows, other.profile)) for other in others]
+    elsewhere = [] if choice.pick else [(other, candidates(artifacts, rows, other.profile)) for other in others]
     return Answer(
         verdict=choice.verdict,
         device_here=now is not None,
