@@ -3,7 +3,7 @@
     profiles/<device>-<power mode>-<stack>.json
 
 Percentiles are computed on reading, so that a better estimator applies to old measurements. History of the schema: 1,
-the first.
+the first; 2, clocks, switches, remarks on flags, the meter of an energy and what was missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hydradeploy.errors import IntegrityError, UsageError, environment
 from hydradeploy.files import locked, write_atomically
 from hydradeploy.spec import Record, decode
 
-SCHEMA = 1
+SCHEMA = 2
 
 Key = tuple[str, str, str, str, str, str, int, int, str]
 
@@ -51,7 +51,8 @@ class Conditions(Record, frozen=True, kw_only=True):
     """How it was set up. Measurements under unlike conditions are never merged.
 
     `power_mode` is the device's own word for it, `governor` the clock governor of its cores, `affinity` the cores this
-    process may use, `quota_cores` how much of them a control group grants; None where there is no such thing.
+    process may use, `quota_cores` how much of them a control group grants, `clocks` is `pinned` or `floating`; None
+    where there is no such thing or it cannot be read.
     `software` has the version of every runtime.
     """
 
@@ -59,6 +60,7 @@ class Conditions(Record, frozen=True, kw_only=True):
     governor: str | None
     affinity: str
     quota_cores: float | None
+    clocks: str | None
     os: str
     software: dict[str, str]
 
@@ -70,10 +72,15 @@ class Conditions(Record, frozen=True, kw_only=True):
 class Cell(Record, frozen=True, kw_only=True):
     """One artifact on one backend, measured.
 
+    `regime` is how calls arrive: `saturated`, one right after the other; `paced-30hz`, on a schedule, where a latency
+    counts from the intended arrival; `concurrent-4`, from four callers at once; `burst` and `sustained`, the first and
+    the thermally settled ones of a long run.
+
     `latency_s` are the raw samples in order, `process` the child each comes from, `load_s` and `first_s` one value per
-    child, `memory_bytes` the most that any child took beyond what the runtime takes without a model. `flags` are
-    remarks on how it was measured, `evidence` what they rest on; `error` says why there is no measurement, or no more
-    of it.
+    child, `switch_s` first calls after another model's. `memory_bytes` is the most that any child took beyond what the
+    runtime takes without a model, `energy_j` per image and beyond idling, by `meter`. `flags` say what was wrong with
+    the measurement, `remarks` on what evidence, `evidence` has the numbers, one per child; `missing` says why a
+    quantity is not there. `error` says why there is no measurement, or no more of it.
     """
 
     artifact: str
@@ -90,10 +97,14 @@ class Cell(Record, frozen=True, kw_only=True):
     process: tuple[int, ...] = ()
     load_s: tuple[float, ...] = ()
     first_s: tuple[float, ...] = ()
+    switch_s: tuple[float, ...] = ()
     memory_bytes: int | None = None
     energy_j: float | None = None
+    meter: str | None = None
     flags: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     evidence: dict[str, tuple[float, ...]] = msgspec.field(default_factory=dict)
+    missing: dict[str, str] = msgspec.field(default_factory=dict)
     error: str | None = None
 
     def __post_init__(self) -> None:
@@ -106,8 +117,10 @@ class Cell(Record, frozen=True, kw_only=True):
             math.isnan(sum(self.latency_s)) or not 0 < min(self.latency_s) <= max(self.latency_s) < math.inf
         ):
             raise ValueError(f"{self.artifact}: latency_s must be positive and finite")
-        if not all(0 <= value < math.inf for value in (*self.load_s, *self.first_s, self.energy_j or 0.0)):
-            raise ValueError(f"{self.artifact}: load_s, first_s and energy_j must be finite and not negative")
+        if not all(
+            0 <= value < math.inf for value in (*self.load_s, *self.first_s, *self.switch_s, self.energy_j or 0.0)
+        ):
+            raise ValueError(f"{self.artifact}: load_s, first_s, switch_s and energy_j must be finite and not negative")
         if min(self.batch, self.threads) < 1 or (self.memory_bytes or 0) < 0:
             raise ValueError(f"{self.artifact}: batch and threads must be at least 1, memory_bytes not negative")
 

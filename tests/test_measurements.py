@@ -39,6 +39,7 @@ CONDITIONS = Conditions(
     governor="schedutil",
     affinity="0-3",
     quota_cores=None,
+    clocks=None,
     os="Linux 6.1",
     software={"onnxruntime": "1.30.0"},
 )
@@ -93,8 +94,12 @@ def cells(draw) -> Cell:
         load_s=tuple(draw(st.lists(positive, max_size=5))),
         first_s=tuple(draw(st.lists(positive, max_size=5))),
         memory_bytes=draw(st.none() | st.integers(0, 1 << 50)),
+        switch_s=tuple(draw(st.lists(positive, max_size=5))),
         energy_j=draw(st.none() | positive),
+        meter=draw(st.none() | text),
         flags=tuple(draw(st.lists(text, max_size=3))),
+        remarks=tuple(draw(st.lists(text, max_size=3))),
+        missing=draw(st.dictionaries(text, text, max_size=3)),
         evidence=draw(st.dictionaries(text, st.lists(finite, max_size=3).map(tuple), max_size=3)),
         error=draw(text if not latency_s else st.none() | text),
     )
@@ -125,7 +130,8 @@ KEY = ("artifact", "graph_sha256", "backend", "processor", "compute_type", "inpu
 def test_a_cell_is_the_same_measurement_where_nothing_of_its_key_differs(tmp_path, field):
     first = cell()
     values = {"batch": 7, "threads": 7, "latency_s": (1.0, 2.0, 3.0), "process": (5, 6, 7), "load_s": (), "first_s": ()}
-    values |= {"memory_bytes": None, "energy_j": 1.0, "flags": ("noisy",), "evidence": {}}
+    values |= {"memory_bytes": None, "energy_j": 1.0, "flags": ("noisy",), "evidence": {}, "switch_s": (0.5,)}
+    values |= {"remarks": ("noisy: by 30%",), "missing": {"energy": "no meter"}}
     second = cell(**{field: values.get(field, "another")})
     assert (first.key == second.key) == (field not in KEY)
     add_profile(tmp_path, profile(first))
@@ -360,8 +366,8 @@ CELL = ("cells", 0)
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (put("schema", value=2), "schema 2, this version reads 1"),
-        (put("schema", value=0), "schema 0, this version reads 1"),
+        (put("schema", value=1), "schema 1, this version reads 2"),
+        (put("schema", value=0), "schema 0, this version reads 2"),
         (put("schema", value="1"), r"\$\.schema"),
         (gone("schema"), "schema"),
         (put("colour", value="red"), "colour"),
@@ -419,10 +425,12 @@ def test_a_cell_of_impossible_latencies_is_not_made(value, place):
         cell(latency_s=tuple(latency_s))
 
 
-@pytest.mark.parametrize("field", ["load_s", "first_s", "energy_j"])
+@pytest.mark.parametrize("field", ["load_s", "first_s", "switch_s", "energy_j"])
 @pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf, -math.inf])
 def test_a_cell_with_a_time_or_an_energy_that_is_none_is_refused(field, value):
-    with pytest.raises(ValueError, match="h03-fp32: load_s, first_s and energy_j must be finite and not negative"):
+    with pytest.raises(
+        ValueError, match="h03-fp32: load_s, first_s, switch_s and energy_j must be finite and not negative"
+    ):
         cell(**{field: value if field == "energy_j" else (0.5, value)})
     with pytest.raises(ValueError, match="energy_j"):
         cell(latency_s=(), process=(), error="gone", **{field: value if field == "energy_j" else (value,)})

@@ -77,6 +77,11 @@ class Backend(Protocol):
         """The form of graph it wants."""
         ...
 
+    @property
+    def processor(self) -> str:
+        """Where it computes: `cpu` or `cuda`."""
+        ...
+
     def why_not(self) -> str | None:
         """None where it is usable here, else the sentence to show."""
         ...

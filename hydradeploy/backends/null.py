@@ -38,6 +38,7 @@ class Null:
     load_s: float = 0.1
     name: str = "null"
     dialect: Dialect = "ort"
+    processor: str = "cpu"
 
     def why_not(self) -> str | None:
         return None

@@ -66,6 +66,7 @@ class _Session:
 class _Onnxruntime:
     name = "onnxruntime"
     dialect: Dialect = "ort"
+    processor = "cpu"
 
     def why_not(self) -> str | None:
         return None if find_spec("onnxruntime") else "the package onnxruntime is not installed"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydradeploy.devices.reading import Reading
+from hydradeploy.errors import MissingError
 from hydradeploy.measurements import Conditions, Device
 from hydradeploy.spec import show_heads
 
@@ -36,6 +38,7 @@ class Cpu:
 
     root: Path = Path("/")
     kind: str = "cpu"
+    processors: tuple[str, ...] = ("cpu",)
 
     def why_not(self) -> str | None:
         return None
@@ -58,6 +61,7 @@ class Cpu:
             governor=self._governor(),
             affinity=show_heads(os.sched_getaffinity(0)),
             quota_cores=self._quota_cores(),
+            clocks=None,
             os=f"{platform.system()} {platform.release()}",
             software=dict(software),
         )
@@ -68,11 +72,31 @@ class Cpu:
         quota = self._quota_cores()
         return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
 
-    def observe(self) -> Mapping[str, float]:
+    def read(self, at_s: float, ours: Collection[int] = ()) -> Reading:
         """The load average over a minute."""
         with suppress(ValueError, IndexError):
-            return {"load_average": float((_read(self.root / "proc/loadavg") or "").split()[0])}
-        return {}
+            load = float((_read(self.root / "proc/loadavg") or "").split()[0])
+            return Reading(at_s=at_s, gauges={"load_average": load}, counters={})
+        return Reading(at_s=at_s, gauges={}, counters={})
+
+    def missing(self) -> Mapping[str, str]:
+        return {"energy": "not read yet"}
+
+    def meter(self) -> str | None:
+        return None
+
+    def occupied_bytes(self) -> int | None:
+        """The largest resident memory this process has had.
+
+        Not `getrusage`: what that gives includes the parent's memory from before exec.
+        """
+        for line in (_read(self.root / "proc/self/status") or "").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        return None
+
+    def lock_clocks(self) -> AbstractContextManager[None]:
+        raise MissingError("the clocks of this processor cannot be pinned")
 
     def _name(self) -> str | None:
         lines = (_read(self.root / "proc/cpuinfo") or "").splitlines()

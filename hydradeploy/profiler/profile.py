@@ -133,7 +133,7 @@ def _measure(
             report("measuring", number * len(jobs) + place, total)
             if job.error is not None:
                 continue
-            job.loads.append(here.observe().get("load_average", -1.0))
+            job.loads.append(here.read(0.0).gauges.get("load_average", -1.0))
             try:
                 job.found.append(launch(job.request))
             except MissingError as error:

@@ -18,23 +18,41 @@ Clock = Callable[[], float]
 class Sampling(Record, frozen=True, kw_only=True):
     """How much of everything a process does.
 
-    Warm-up and sampling each last until both their count and their seconds are reached; `at_most` samples are taken.
+    Warm-up lasts until `warmup` calls and `warmup_s` seconds are reached, and then until calls are steady or `settle_s`
+    more seconds have passed. Sampling lasts until `samples` and `seconds` are both reached; `at_most` samples are
+    taken. `pace_hz` calls on a schedule instead of back to back, `concurrency` from several callers at once; `switches`
+    first calls after another model's are timed at the end. `sustain` goes on until the device is as warm as it gets.
     """
 
     warmup: int
     warmup_s: float
+    settle_s: float = 0.0
     samples: int
     seconds: float
     at_most: int
+    pace_hz: float | None = None
+    concurrency: int = 1
+    switches: int = 0
+    sustain: bool = False
 
 
 class Measured(Record, frozen=True, kw_only=True):
-    """What one process measured: seconds per call from host to host, in order, and bytes beyond the bare runtime."""
+    """What one process measured: seconds per call from host to host, in order, and bytes beyond the bare runtime.
+
+    `steady` is whether the warm-up ended steadily, None where it was too short to tell. `started_s` and `ended_s` are
+    the first sample's begin and the last one's end on the monotonic clock. `settled_from` is the first sample of a
+    `sustain` run that is as slow as it gets.
+    """
 
     load_s: float
     first_s: float
     warmup: int
+    steady: bool | None = None
     latency_s: tuple[float, ...]
+    started_s: float = 0.0
+    ended_s: float = 0.0
+    switch_s: tuple[float, ...] = ()
+    settled_from: int | None = None
     memory_bytes: int | None
     facts: dict[str, str]
 

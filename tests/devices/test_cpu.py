@@ -217,7 +217,7 @@ def test_conditions_have_the_kernel_and_a_copy_of_the_versions(tmp_path):
     ],
 )
 def test_the_load_is_that_of_the_last_minute_or_left_out(tmp_path, text, seen):
-    assert cpu(tmp_path, {} if text is None else {"proc/loadavg": text}).observe() == seen
+    assert cpu(tmp_path, {} if text is None else {"proc/loadavg": text}).read(0.0).gauges == seen
 
 
 def test_files_that_cannot_be_read_are_as_good_as_none(tmp_path):
@@ -228,7 +228,7 @@ def test_files_that_cannot_be_read_are_as_good_as_none(tmp_path):
     assert found.identity().name == platform.machine()
     assert found.identity().memory_bytes == 0
     assert (found.conditions({}).governor, found.conditions({}).quota_cores) == (None, None)
-    assert found.observe() == {}
+    assert found.read(0.0).gauges == {}
     assert found.why_not() is None
 
 
@@ -239,7 +239,7 @@ def test_this_machine_is_one_and_tells_what_it_is():
     assert device.memory_bytes > 1 << 28
     assert 1 <= found.cores() <= device.cores
     assert conditions.affinity == show_heads(os.sched_getaffinity(0))
-    assert found.observe()["load_average"] >= 0
+    assert found.read(0.0).gauges["load_average"] >= 0
     assert machine().kind in DEVICE_MODULES
 
 

@@ -23,6 +23,7 @@ from scipy.stats import binom, norm
 
 from hydradeploy import export, open_bundle, profile
 from hydradeploy.data.preprocess import normalise
+from hydradeploy.devices.reading import Reading
 from hydradeploy.errors import EnvironmentFailed, IntegrityError, MissingError, UsageError
 from hydradeploy.measurements import read_profile, read_profiles
 from hydradeploy.profiler.child import Request
@@ -372,8 +373,8 @@ def test_the_load_before_each_child_is_evidence(shared_bundle, tmp_path):
 
 def test_a_machine_that_tells_no_load_is_measured_without(shared_bundle, tmp_path):
     class Silent(Here):
-        def observe(self) -> dict[str, float]:
-            return {}
+        def read(self, at_s: float, ours: object = ()) -> Reading:
+            return Reading(at_s=at_s, gauges={}, counters={})
 
     done = profile(shared_bundle, tmp_path, heads=(2,), launch=Launch(), here=Silent())
     assert done.cells[0].evidence["load_average"] == ()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from hydradeploy.backends import Options
 from hydradeploy.backends.null import Null, VirtualClock
+from hydradeploy.devices.reading import Reading
 from hydradeploy.measurements import Conditions, Device
 from hydradeploy.profiler.child import Request
 from hydradeploy.profiler.sampling import Measured, measure
@@ -24,7 +26,7 @@ DEVICE = Device(
     memory_bytes=4 << 30,
 )
 CONDITIONS = Conditions(
-    power_mode=None, governor="schedutil", affinity="0-3", quota_cores=None, os="Linux 6.1", software={}
+    power_mode=None, governor="schedutil", affinity="0-3", quota_cores=None, clocks=None, os="Linux 6.1", software={}
 )
 
 
@@ -36,6 +38,7 @@ class Here:
     setting: Conditions = CONDITIONS
     loads: list[float] = field(default_factory=lambda: [0.0])
     kind: str = "cpu"
+    processors: tuple[str, ...] = ("cpu",)
 
     def changed(self, **conditions: object) -> Here:
         return Here(self.device, msgspec.structs.replace(self.setting, **conditions))
@@ -52,9 +55,21 @@ class Here:
     def cores(self) -> int:
         return 3
 
-    def observe(self) -> Mapping[str, float]:
+    def read(self, at_s: float, ours: Collection[int] = ()) -> Reading:
         self.loads[0] += 0.25
-        return {"load_average": self.loads[0]}
+        return Reading(at_s=at_s, gauges={"load_average": self.loads[0]}, counters={})
+
+    def missing(self) -> Mapping[str, str]:
+        return {"energy": "a toy has no meter"}
+
+    def meter(self) -> str | None:
+        return None
+
+    def occupied_bytes(self) -> int | None:
+        return None
+
+    def lock_clocks(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 Latencies = Callable[[Request], Iterable[float]]

@@ -157,6 +157,7 @@ def conditions(**changes: Any) -> Conditions:
         "governor": "performance",
         "affinity": "0-11",
         "quota_cores": None,
+        "clocks": None,
         "os": "Linux 9.9",
         "software": {"onnxruntime": "1.0"},
     }

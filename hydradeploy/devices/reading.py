@@ -1,0 +1,84 @@
+"""What sensors say at one moment, and the small files they say it in.
+
+Names are `quantity.what`, in SI units. A value that cannot be read is missing, with a reason, and never 0.
+
+    gauges                        counters, since boot
+    clock_hz.WHAT                 busy_s, steal_s            processor seconds, of all cores together
+    pinned_hz.WHAT                cgroup_throttled_s, cgroup_throttled   by a quota: seconds and periods
+    temperature_c.ZONE            throttle_events.SIGN       the device slowed down to protect itself
+    power_w.RAIL, power_w         overcurrent_events.SIGN    short peaks; many of them slow a device down
+    load.WHAT (0 to 1)            swapped_pages
+    throttling.SIGN (above 0: now) energy_j                  what `Machine.meter` names
+    available_bytes
+    foreign_processes.WHAT        processes of others on an accelerator
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydradeploy.spec import Record
+
+_REASONS = {errno.EACCES: "no permission", errno.EPERM: "no permission", errno.EAGAIN: "the sensor is off"}
+
+
+class Reading(Record, frozen=True, kw_only=True):
+    """Every sensor that answered. `at_s` is on the monotonic clock, which all processes of a machine share."""
+
+    at_s: float
+    gauges: dict[str, float]
+    counters: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Small files below a root, so that a recorded tree stands for a device; `problems` says why a read gave nothing.
+
+    A file that is not there is no problem: which files exist is how devices differ.
+    """
+
+    root: Path = Path("/")
+    problems: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def path(self, name: str) -> Path:
+        return self.root / name.lstrip("/")
+
+    def glob(self, pattern: str) -> list[Path]:
+        """Sorted as people count: cooling_device2 before cooling_device10; empty where nothing can be listed."""
+
+        def key(path: Path) -> list[tuple[bool, int, str]]:
+            parts = re.split(r"(\d+)", str(path))
+            return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+
+        try:
+            return sorted(self.root.glob(pattern.lstrip("/")), key=key)
+        except OSError:
+            return []
+
+    def text(self, name: str | Path) -> str | None:
+        """The stripped content, None where it cannot be read."""
+        path = self.path(name) if isinstance(name, str) else name
+        try:
+            found = path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
+                self.problems[self.shown(path)] = reason
+            return None
+        return found.strip("\0\n\t ")
+
+    def number(self, name: str | Path) -> int | None:
+        """The leading whole number; some kernels add a unit, as in `32760 ma`."""
+        words = (self.text(name) or "").split()
+        try:
+            return int(words[0]) if words else None
+        except ValueError:
+            return None
+
+    def shown(self, path: Path) -> str:
+        """The path as it is on the device itself."""
+        return "/" + os.path.relpath(path, self.root)
