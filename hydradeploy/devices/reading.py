@@ -9,7 +9,7 @@ Names are `quantity.what`, in SI units. A value that cannot be read is missing, 
     power_w.RAIL, power_w         overcurrent_events.SIGN    short peaks; many of them slow a device down
     load.WHAT (0 to 1)            swapped_pages
     throttling.SIGN (above 0: now) energy_j                  what `Machine.meter` names
-    available_bytes
+    available_bytes, load_average  oom_kills                 processes killed for want of memory
     foreign_processes.WHAT        processes of others on an accelerator
 """
 
@@ -63,13 +63,14 @@ class Tree:
         """The stripped content, None where it cannot be read."""
         path = self.path(name) if isinstance(name, str) else name
         try:
-            found = path.read_text(encoding="utf-8", errors="replace")
+            return _content(path).decode("utf-8", "replace").strip("\0\n\t ")
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
                 self.problems[self.shown(path)] = reason
-            return None
-        return found.strip("\0\n\t ")
+        except ValueError as error:  # a path with a NUL in it, from another file
+            self.problems[repr(path)] = str(error)
+        return None
 
     def number(self, name: str | Path) -> int | None:
         """The leading whole number; some kernels add a unit, as in `32760 ma`."""
@@ -82,3 +83,15 @@ class Tree:
     def shown(self, path: Path) -> str:
         """The path as it is on the device itself."""
         return "/" + os.path.relpath(path, self.root)
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file, without Python's file objects: those make None or a TypeError of EAGAIN, and take longer."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := os.read(file, 1 << 16):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(file)
