@@ -1,0 +1,50 @@
+"""This package, the runtimes, and which device this machine is."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import version
+
+from hydradeploy.devices import DEVICE_MODULES
+from hydradeploy.doctor.patient import Patient, Row, Status, said
+from hydradeploy.units import show_bytes
+
+# Extras that are not called like their backend.
+_EXTRAS = {"onnxruntime": "ort"}
+
+
+def package(patient: Patient) -> Iterator[Row]:
+    yield Row("package", "hydradeploy", "ok", f"{version('hydradeploy')} on Python {platform.python_version()}")
+
+
+def backends(patient: Patient) -> Iterator[Row]:
+    """What cannot run here is wrong only where nothing else can."""
+    absent: Status = "wrong" if all(isinstance(found, str) for found in patient.backends.values()) else "remark"
+    for name, found in patient.backends.items():
+        if isinstance(found, str):
+            yield Row("backends", name, absent, found, f"pip install 'hydradeploy[{_EXTRAS.get(name, name)}]'")
+        else:
+            versions = ", ".join(f"{what} {number}" for what, number in found.software().items())
+            yield Row("backends", name, "ok", f"{versions}, on {found.processor}")
+
+
+def kinds(patient: Patient) -> Iterator[Row]:
+    """Each kind of device: whether this machine is one, else what was looked for."""
+    for kind, module in DEVICE_MODULES.items():
+        try:
+            reason = (patient.here if kind == patient.here.kind else import_module(module).MACHINE).why_not()
+        except Exception as error:  # a driver that is half installed may raise anything
+            reason = said(error)
+        yield Row("device", kind, "ok", "this machine is one" if reason is None else f"no: {reason}")
+
+
+def device(patient: Patient) -> Iterator[Row]:
+    """The one that `profile` takes."""
+    if patient.refused is not None:
+        yield Row("device", "asked for", "wrong", patient.refused, f"what follows is about {patient.here.kind}")
+        return
+    who = patient.device
+    found = f"{who.kind}: {who.name}, {who.instruction_set}, {who.cores} cores, {show_bytes(who.memory_bytes)}"
+    yield Row("device", "profile takes", "ok", found)

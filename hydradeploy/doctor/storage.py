@@ -1,0 +1,71 @@
+"""Room on disks and in memory, and what earlier runs left."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from hydradeploy.doctor.patient import Patient, Row, Status, said
+from hydradeploy.errors import HydraError
+from hydradeploy.measurements import read_profile
+from hydradeploy.units import show_bytes
+
+_TOO_LITTLE_BYTES = 100e6
+_LITTLE_BYTES = 1e9
+
+
+def profiles_disk(patient: Patient) -> Iterator[Row]:
+    """Where profiles are kept; the directory is made when the first one is."""
+    yield _disk(patient, "profiles", patient.profiles)
+
+
+def temporary_disk(patient: Patient) -> Iterator[Row]:
+    yield _disk(patient, "temporary", Path(tempfile.gettempdir()))
+
+
+def memory(patient: Patient) -> Iterator[Row]:
+    lines = (patient.tree.text("proc/meminfo") or "").splitlines()
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    if free is None:
+        yield Row("disk", "memory", "remark", "what is available cannot be read")
+    else:
+        fix = "stop what need not run: ps aux --sort=-rss"
+        yield _room("memory", free, f"{show_bytes(free)} available", fix)
+
+
+def journals(patient: Patient) -> Iterator[Row]:
+    """Runs that were cut short."""
+    for path in sorted(patient.profiles.glob("*.jsonl")):
+        fix = f"hydradeploy profile --resume --profiles {shlex.quote(str(patient.profiles))}"
+        yield Row("profiles", path.name, "remark", "the journal of a run that was interrupted or still goes on", fix)
+
+
+def stored(patient: Patient) -> Iterator[Row]:
+    """Each damaged profile, and how many are whole."""
+    whole = 0
+    for path in sorted(patient.profiles.glob("*.json")):
+        try:
+            read_profile(path)
+            whole += 1
+        except HydraError as error:
+            fix = f"mv {shlex.quote(str(path))} {shlex.quote(str(path))}.damaged"
+            yield Row("profiles", path.name, "wrong", said(error), fix)
+    yield Row("profiles", "whole ones", "ok", f"{whole} in {patient.profiles}")
+
+
+def _disk(patient: Patient, name: str, directory: Path) -> Row:
+    place = next((path for path in (directory, *directory.absolute().parents) if path.is_dir()), Path("/"))
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        fix = f"sudo chown $USER {shlex.quote(str(place))}, or name another directory"
+        return Row("disk", name, "wrong", f"{place}: cannot be written ({error.strerror})", fix)
+    free = patient.free_bytes(place)
+    return _room(name, free, f"{place}: {show_bytes(free)} free", f"df -h {shlex.quote(str(place))}, and free some")
+
+
+def _room(name: str, free_bytes: int, found: str, fix: str) -> Row:
+    status: Status = "wrong" if free_bytes < _TOO_LITTLE_BYTES else "remark" if free_bytes < _LITTLE_BYTES else "ok"
+    return Row("disk", name, status, found, None if status == "ok" else fix)
