@@ -23,6 +23,9 @@ from pathlib import Path
 
 from hydradeploy.spec import Record
 
+# No more digits than 64 bits have: longer ones are garbage, and would overflow a float.
+_NUMBER = re.compile(r"[+-]?[0-9]{1,20}(?!\S)")
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESRCH)
 _REASONS = {errno.EACCES: "no permission", errno.EPERM: "no permission", errno.EAGAIN: "the sensor is off"}
 
 
@@ -38,7 +41,7 @@ class Reading(Record, frozen=True, kw_only=True):
 class Tree:
     """Small files below a root, so that a recorded tree stands for a device; `problems` says why a read gave nothing.
 
-    A file that is not there is no problem: which files exist is how devices differ.
+    A file that is not there is no problem: which files exist is how devices differ, and processes end.
     """
 
     root: Path = Path("/")
@@ -65,7 +68,7 @@ class Tree:
         try:
             return _content(path).decode("utf-8", "replace").strip("\0\n\t ")
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            if error.errno not in _GONE:
                 reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
                 self.problems[self.shown(path)] = reason
         except ValueError as error:  # a path with a NUL in it, from another file
@@ -74,15 +77,18 @@ class Tree:
 
     def number(self, name: str | Path) -> int | None:
         """The leading whole number; some kernels add a unit, as in `32760 ma`."""
-        words = (self.text(name) or "").split()
-        try:
-            return int(words[0]) if words else None
-        except ValueError:
-            return None
+        found = _NUMBER.match(self.text(name) or "")
+        return int(found[0]) if found else None
 
     def shown(self, path: Path) -> str:
         """The path as it is on the device itself."""
         return "/" + os.path.relpath(path, self.root)
+
+
+def field_of(text: str | None, name: str) -> int | None:
+    """The number in the line `name 12` or `name: 12 kB` of a file such as /proc/vmstat; None without one."""
+    found = re.search(rf"^{re.escape(name)}:?[ \t]+([0-9]{{1,20}})(?!\S)", text or "", re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def _content(path: Path) -> bytes:

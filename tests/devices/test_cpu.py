@@ -108,7 +108,7 @@ def governors(*names: str) -> dict[str, str]:
         (governors("powersave", "performance", "powersave"), "performance+powersave"),
         (governors(""), None),
         (governors("", "ondemand"), "ondemand"),
-        ({"sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "x", "sys/devices/system/cpu/online": "0"}, None),
+        ({"sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "x", "sys/devices/system/cpu/online": "0"}, "x"),
         ({"sys/devices/system/cpu/cpuidle/cpufreq/scaling_governor": "menu"}, None),
         ({}, None),
     ],
