@@ -35,7 +35,7 @@ _PROBES: tuple[tuple[str, _Probe], ...] = (
     ("clocks", setting.power_mode),
     ("cores", setting.affinity),
     ("cores", setting.quota),
-    ("cores", setting.core_kinds),
+    ("cores", setting.kinds),
     ("cores", setting.virtual),
     ("load", load.average),
     ("load", load.others),

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from hydradeploy.devices.reading import Reading
+from hydradeploy.devices.reading import Reading, field_of
 from hydradeploy.doctor.patient import Patient, Row, several
 from hydradeploy.units import show_bytes
 
@@ -70,7 +70,7 @@ def _stolen(before: Reading, after: Reading) -> Iterator[Row]:
 
 
 def _swapping(before: Reading, after: Reading, patient: Patient) -> Iterator[Row]:
-    used = swap_used_bytes(patient)
+    used = _swapped_bytes(patient)
     shown = "use not known" if used is None else f"{show_bytes(used)} used"
     if _rise(before, after, "swapped_pages"):
         found = f"{shown}, and pages move now: memory is short"
@@ -79,13 +79,11 @@ def _swapping(before: Reading, after: Reading, patient: Patient) -> Iterator[Row
         yield Row("load", "swap", "ok", shown)
 
 
-def swap_used_bytes(patient: Patient) -> int | None:
+def _swapped_bytes(patient: Patient) -> int | None:
     """What is swapped out, 0 without a swap; None where the kernel does not say."""
-    lines = (line.split() for line in (patient.tree.text("proc/meminfo") or "").splitlines())
-    kib = {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[0].startswith("Swap")}
-    if "SwapTotal:" not in kib or "SwapFree:" not in kib:
-        return None
-    return (kib["SwapTotal:"] - kib["SwapFree:"]) * 1024
+    text = patient.tree.text("proc/meminfo")
+    total, free = field_of(text, "SwapTotal"), field_of(text, "SwapFree")
+    return None if total is None or free is None else (total - free) * 1024
 
 
 def _throttling(before: Reading, after: Reading) -> Iterator[Row]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 
+from hydradeploy.devices.linux import core_kinds
 from hydradeploy.doctor.patient import AS_ROOT, Patient, Row
 from hydradeploy.spec import show_heads
 from hydradeploy.units import show_threads
 
 _PIN = {
-    "cpu": "sudo cpupower frequency-set -g performance",
+    "cpu": f"{AS_ROOT} --lock-clocks",
     "cuda": f"{AS_ROOT} --lock-clocks, or sudo nvidia-smi -lgc LOWEST,HIGHEST",
     "jetson": f"{AS_ROOT} --lock-clocks, or sudo jetson_clocks",
 }
@@ -36,7 +36,13 @@ def governor(patient: Patient) -> Iterator[Row]:
     elif found == "performance" or patient.conditions.clocks == "pinned" or patient.here.kind == "jetson":
         yield Row("clocks", "governor", "ok", found)
     else:
-        yield Row("clocks", "governor", "remark", f"{found}: lowers clocks between calls", _PIN["cpu"])
+        yield Row(
+            "clocks",
+            "governor",
+            "remark",
+            f"{found}: lowers clocks between calls",
+            "sudo cpupower frequency-set -g performance",
+        )
 
 
 def power_mode(patient: Patient) -> Iterator[Row]:
@@ -62,20 +68,15 @@ def quota(patient: Patient) -> Iterator[Row]:
     yield Row("cores", "quota", "remark", why, fewer if found >= 1 else "raise cpu.max of the control group")
 
 
-def core_kinds(patient: Patient) -> Iterator[Row]:
+def kinds(patient: Patient) -> Iterator[Row]:
     """Where cores are unlike, it matters on which of them a thread lands."""
     allowed = os.sched_getaffinity(0)
-    speeds: defaultdict[int, set[int]] = defaultdict(set)
-    for path in patient.tree.glob("sys/devices/system/cpu/cpu[0-9]*/cpu_capacity"):
-        core, speed = int(path.parent.name[3:]), patient.tree.number(path)
-        if speed is not None and core in allowed:
-            speeds[speed].add(core)
-    if len(speeds) < 2:
+    used = [show_heads(mine) for cores in core_kinds(patient.tree).values() if (mine := allowed.intersection(cores))]
+    if len(used) < 2:
         yield Row("cores", "kinds", "ok", "all alike, as far as the kernel says")
-        return
-    fastest = show_heads(speeds[max(speeds)])
-    found = "unlike: " + ", ".join(f"{show_heads(speeds[speed])} at {speed / 1024:.0%}" for speed in sorted(speeds))
-    yield Row("cores", "kinds", "remark", found, f"taskset -c {fastest} hydradeploy profile")
+    else:
+        found = f"unlike, fastest first: {'; '.join(used)}"
+        yield Row("cores", "kinds", "remark", found, f"taskset -c {used[0]} hydradeploy profile")
 
 
 def virtual(patient: Patient) -> Iterator[Row]:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from hydradeploy.devices.reading import field_of
 from hydradeploy.doctor.patient import Patient, Row, Status, said
 from hydradeploy.errors import HydraError
 from hydradeploy.measurements import read_profile
@@ -26,13 +27,12 @@ def temporary_disk(patient: Patient) -> Iterator[Row]:
 
 
 def memory(patient: Patient) -> Iterator[Row]:
-    lines = (patient.tree.text("proc/meminfo") or "").splitlines()
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    free = field_of(patient.tree.text("proc/meminfo"), "MemAvailable")
     if free is None:
         yield Row("disk", "memory", "remark", "what is available cannot be read")
     else:
         fix = "stop what need not run: ps aux --sort=-rss"
-        yield _room("memory", free, f"{show_bytes(free)} available", fix)
+        yield _room("memory", free * 1024, f"{show_bytes(free * 1024)} available", fix)
 
 
 def journals(patient: Patient) -> Iterator[Row]:
@@ -56,6 +56,8 @@ def stored(patient: Patient) -> Iterator[Row]:
 
 
 def _disk(patient: Patient, name: str, directory: Path) -> Row:
+    if directory.exists() and not directory.is_dir():
+        return Row("disk", name, "wrong", f"{directory}: not a directory", "name another directory")
     place = next((path for path in (directory, *directory.absolute().parents) if path.is_dir()), Path("/"))
     try:
         tempfile.TemporaryFile(dir=place).close()
