@@ -334,16 +334,30 @@ def test_a_directory_that_cannot_be_written_is_wrong(look, monkeypatch):
     assert (row(found, "disk", "profiles").fix or "").startswith("sudo chown $USER ")
 
 
-@pytest.mark.parametrize(("rise", "status"), [(0.05, "ok"), (0.2, "remark")])
-def test_others_at_work_are_a_remark_from_where_cells_are_flagged(look, rise, status):
-    """Four cores, so a fifth of a core for a machine of four: 0.1 and 0.4 cores in half a second."""
-    found = row(look(Toy(rises={"busy_s": rise})), "load", "others")
-    assert found.status == status
+@pytest.mark.parametrize(
+    ("counter", "rise", "name", "status"),
+    [
+        ("busy_s", 0.09, "others", "ok"),
+        ("busy_s", 0.15, "others", "remark"),  # 0.3 cores in half a second; four cores bear 0.2, and rounding
+        ("steal_s", 0.05, "steal", "ok"),
+        ("steal_s", 0.06, "steal", "remark"),
+        ("swapped_pages", 16, "swap", "ok"),
+        ("swapped_pages", 17, "swap", "remark"),
+        ("overcurrent_events.oc3", 10, "throttling", "ok"),
+        ("overcurrent_events.oc3", 11, "throttling", "remark"),
+        ("throttle_events.core", 1, "throttling", "remark"),
+        ("cgroup_throttled", 1, "throttling", "remark"),
+    ],
+)
+def test_what_others_do_is_a_remark_from_where_cells_are_flagged(look, counter, rise, name, status):
+    assert row(look(Toy(rises={counter: rise})), "load", name).status == status
 
 
-def test_the_thresholds_are_those_of_the_flags():
-    assert (load.FOREIGN_CORES, load.FOREIGN_SHARE) == (flags.FOREIGN_CORES, flags.FOREIGN_SHARE)
-    assert load.STEAL_CORES == flags.STEAL_CORES
+@pytest.mark.parametrize(
+    "name", ["FOREIGN_CORES", "FOREIGN_SHARE", "STEAL_CORES", "STEPS_S", "SWAPPED_PAGES", "OVERCURRENTS_PER_S"]
+)
+def test_the_thresholds_are_those_of_the_flags(name):
+    assert getattr(load, name) == getattr(flags, name)
 
 
 def test_a_throttling_of_last_month_is_no_remark(look):

@@ -10,10 +10,13 @@ from hydradeploy.devices.reading import Reading, field_of
 from hydradeploy.doctor.patient import Patient, Row, several
 from hydradeploy.units import show_bytes
 
-# What the flag `contended` stands on; profiler/flags.py has the same numbers, and a test holds them together.
+# What flags stand on; profiler/flags.py has the same numbers, and a test holds them together.
 FOREIGN_CORES = 0.1
 FOREIGN_SHARE = 0.05
 STEAL_CORES = 0.05
+STEPS_S = 0.03
+SWAPPED_PAGES = 16
+OVERCURRENTS_PER_S = 20.0
 
 _WINDOW_S = 0.5
 _LOOK = "top -o %CPU"
@@ -49,8 +52,9 @@ def _busy(before: Reading, after: Reading, ours_s: float, cores: int) -> Iterato
     if rise is None:
         yield Row("load", "others", "remark", "what others compute cannot be read")
         return
-    busy = max(0.0, rise - ours_s) / (after.at_s - before.at_s)
-    if busy > max(FOREIGN_CORES, FOREIGN_SHARE * cores):
+    window_s = after.at_s - before.at_s
+    busy = max(0.0, rise - ours_s) / window_s
+    if busy > max(FOREIGN_CORES, FOREIGN_SHARE * cores) + STEPS_S / window_s:
         found = f"{busy:.2f} cores busy with others: cells are flagged contended"
         yield Row("load", "others", "remark", found, f"{_LOOK}, and stop what need not run")
     else:
@@ -61,8 +65,9 @@ def _stolen(before: Reading, after: Reading) -> Iterator[Row]:
     rise = _rise(before, after, "steal_s")
     if rise is None:
         return
-    stolen = rise / (after.at_s - before.at_s)
-    if stolen > STEAL_CORES:
+    window_s = after.at_s - before.at_s
+    stolen = rise / window_s
+    if stolen > STEAL_CORES + STEPS_S / window_s:
         found = f"{stolen:.2f} cores taken by other virtual machines: cells are flagged contended"
         yield Row("load", "steal", "remark", found, "measure when the host is quiet, or on another one")
     else:
@@ -72,7 +77,7 @@ def _stolen(before: Reading, after: Reading) -> Iterator[Row]:
 def _swapping(before: Reading, after: Reading, patient: Patient) -> Iterator[Row]:
     used = _swapped_bytes(patient)
     shown = "use not known" if used is None else f"{show_bytes(used)} used"
-    if _rise(before, after, "swapped_pages"):
+    if (_rise(before, after, "swapped_pages") or 0) > SWAPPED_PAGES:
         found = f"{shown}, and pages move now: memory is short"
         yield Row("load", "swap", "remark", found, "stop what need not run: ps aux --sort=-rss")
     else:
@@ -89,8 +94,12 @@ def _swapped_bytes(patient: Patient) -> int | None:
 def _throttling(before: Reading, after: Reading) -> Iterator[Row]:
     """Signs that stand now or came up in this moment; those since boot may be a month old."""
     now = {key: value for key, value in after.gauges.items() if key.startswith("throttling.") and value > 0}
+    bearable = {"overcurrent_events": OVERCURRENTS_PER_S * (after.at_s - before.at_s)}
     for key in after.counters:
-        if key.startswith(("throttle_events.", "cgroup_throttled")) and (rise := _rise(before, after, key)):
+        quantity = key.partition(".")[0]
+        if quantity not in ("throttle_events", "cgroup_throttled", "overcurrent_events"):
+            continue
+        if (rise := _rise(before, after, key) or 0) > bearable.get(quantity, 0):
             now[key] = rise
     if now:
         signs = several({key.partition(".")[2] or key.replace("_", " "): f"{value:g}" for key, value in now.items()})
