@@ -62,7 +62,7 @@ def bounds(samples: Sequence[float], process: Sequence[int], level: float, confi
         or math.isnan(sum(samples))
     ):
         raise ValueError("latencies must be positive and finite, at least one, with a process each")
-    chains = _chains(samples, process)
+    chains = by_process(samples, process)
     ordered = sorted(samples)
     logs = [[math.log(value) for value in chain] for chain in chains]
     worth = n_effective(chains, level)
@@ -86,12 +86,12 @@ def bounds(samples: Sequence[float], process: Sequence[int], level: float, confi
     )
 
 
-def _chains(samples: Sequence[float], process: Sequence[int]) -> list[list[float]]:
+def by_process(samples: Sequence[float], process: Sequence[int]) -> list[list[float]]:
     """The samples of each process, in order."""
-    by_process: dict[int, list[float]] = {}
+    chains: dict[int, list[float]] = {}
     for number, value in zip(process, samples, strict=True):
-        by_process.setdefault(number, []).append(value)
-    return list(by_process.values())
+        chains.setdefault(number, []).append(value)
+    return list(chains.values())
 
 
 def n_effective(chains: Sequence[Sequence[float]], level: float) -> float:
@@ -286,7 +286,7 @@ def mean_bounds(samples: Sequence[float], process: Sequence[int], confidence: fl
     Student's interval over the processes' means: what varies between processes and what drags on within one are both
     in their scatter. None for fewer than two processes.
     """
-    chains = _chains(samples, process)
+    chains = by_process(samples, process)
     if len(chains) < 2:
         return None
     means = [mean(chain) for chain in chains]
