@@ -12,7 +12,10 @@ from hydradeploy.errors import MissingError, UsageError
 from hydradeploy.measurements import Conditions, Device
 
 # In the order in which one is chosen when nobody names one.
-DEVICE_MODULES = {"cpu": "hydradeploy.devices.cpu"}
+DEVICE_MODULES = {
+    "jetson": "hydradeploy.devices.jetson",
+    "cpu": "hydradeploy.devices.cpu",
+}
 
 
 class Machine(Protocol):
