@@ -36,8 +36,13 @@ def clocks_hz(tree: Tree, of: Sequence[Path]) -> dict[str, float]:
 
 
 def pinned_hz(tree: Tree, of: Sequence[Path]) -> dict[str, float]:
-    """The clock of those policies that are pinned to one."""
-    return {name: high for name, (low, high) in _limits_hz(tree, of).items() if low == high}
+    """What those policies hold that are pinned: their one clock, or the base clock where that one is a turbo's.
+
+    No processor promises its turbo clock, least of all on all cores at once.
+    """
+    pinned_to = {name: high for name, (low, high) in _limits_hz(tree, of).items() if low == high}
+    base = {name_of(policy): _base_hz(tree, policy) for policy in of}
+    return {name: min(hz, base[name] or hz) for name, hz in pinned_to.items()}
 
 
 def state(tree: Tree, of: Sequence[Path]) -> str | None:
@@ -73,6 +78,16 @@ def _limits_hz(tree: Tree, of: Sequence[Path]) -> dict[str, tuple[float, float]]
         if low and high:
             found[name_of(policy)] = (low * 1e3, high * 1e3)
     return found
+
+
+def _base_hz(tree: Tree, policy: Path) -> float | None:
+    """The highest clock without turbo, of intel_pstate or ACPI.
+
+    In docs.kernel.org: admin-guide/pm/intel_pstate.html, admin-guide/acpi/cppc_sysfs.html.
+    """
+    cpu = name_of(policy).replace("policy", "cpu")  # the first of its cores
+    khz, mhz = tree.number(policy / "base_frequency"), tree.number(f"{_CPUS}/{cpu}/acpi_cppc/nominal_freq")
+    return khz * 1e3 if khz else mhz * 1e6 if mhz else None
 
 
 def _set(tree: Tree, file: Path, value: str, undo: ExitStack) -> None:

@@ -8,7 +8,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -95,10 +95,19 @@ class Linux:
         """`pinned`, `floating`, None where nothing tells."""
         return cpufreq.state(self.tree, self._policies)
 
-    def lock_clocks(self) -> AbstractContextManager[None]:
-        """Every policy at its highest clock while the block runs; raises MissingError on entering."""
-        self.__dict__.pop("_pinned_hz", None)
-        return cpufreq.pinned(self.tree, self._policies)
+    @contextmanager
+    def lock_clocks(self) -> Iterator[None]:
+        """Every policy at its highest clock while the block runs, and then as it was.
+
+        Raises MissingError where there is nothing to pin or no right to, EnvironmentFailed where a file that was
+        changed cannot be put back.
+        """
+        try:
+            with cpufreq.pinned(self.tree, self._policies):
+                self.__dict__.pop("_pinned_hz", None)
+                yield
+        finally:
+            self.__dict__.pop("_pinned_hz", None)
 
     def affinity(self) -> str:
         """The cores this process may use; where kinds differ, by kind: `0-3 (capacity 1024); 4-7 (capacity 446)`."""
@@ -141,7 +150,7 @@ class Linux:
 
     @cached_property
     def _pinned_hz(self) -> dict[str, float]:
-        """Of the first reading: a device that protects itself lowers both limits, and would seem pinned to that."""
+        """Of the first reading: a device that protects itself lowers both limits, and would seem pinned to those."""
         return cpufreq.pinned_hz(self.tree, self._policies)
 
     @cached_property

@@ -2,15 +2,18 @@
 
 Names are `quantity.what`, in SI units. A value that cannot be read is missing, with a reason, and never 0.
 
-    gauges                        counters, since boot
-    clock_hz.WHAT                 busy_s, steal_s            processor seconds, of all cores together
-    pinned_hz.WHAT                cgroup_throttled_s, cgroup_throttled   by a quota: seconds and periods
-    temperature_c.ZONE            throttle_events.SIGN       the device slowed down to protect itself
-    power_w.RAIL, power_w         overcurrent_events.SIGN    short peaks; many of them slow a device down
-    load.WHAT (0 to 1)            swapped_pages
-    throttling.SIGN (above 0: now) energy_j                  what `Machine.meter` names
-    available_bytes, load_average  oom_kills                 processes killed for want of memory
-    foreign_processes.WHAT        processes of others on an accelerator
+    gauges                           counters, since boot
+    clock_hz.WHAT                    busy_s, steal_s         processor seconds, of all cores together
+    pinned_hz.WHAT                   cgroup_throttled_s, cgroup_throttled   by a quota: seconds and periods
+    temperature_c.ZONE               throttle_events.SIGN    the device slowed down to protect itself
+    power_w.RAIL, power_w            overcurrent_events.SIGN short peaks; many of them slow a device down
+    load.WHAT (0 to 1)               swapped_pages
+    load_average                     oom_kills               processes killed for want of memory
+    throttling.SIGN (above 0: now)   energy_j                what `Machine.meter` names
+    available_bytes
+    foreign_processes.WHAT           processes of others on an accelerator
+
+`pinned_hz.WHAT` is the clock that `clock_hz.WHAT` should not fall below.
 """
 
 from __future__ import annotations
