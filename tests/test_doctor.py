@@ -15,10 +15,11 @@ import pytest
 
 from hydradeploy.backends import BACKEND_MODULES
 from hydradeploy.devices import DEVICE_MODULES
+from hydradeploy.devices.jetson import Jetson
 from hydradeploy.devices.reading import Reading
 from hydradeploy.doctor import Diagnosis, diagnose, lines, load
 from hydradeploy.doctor.patient import Row
-from hydradeploy.errors import ExitCode, UsageError
+from hydradeploy.errors import ExitCode, MissingError, UsageError
 from hydradeploy.measurements import Conditions, Device
 from hydradeploy.profiler import flags
 
@@ -367,16 +368,16 @@ def test_a_throttling_of_last_month_is_no_remark(look):
 
 
 def test_sensors_are_shown_with_their_unit_and_their_meter(look):
-    gauges = {"clock_hz.gpu": 1.02e9, "clock_hz.idle": 0.0, "load.gpu": 0.345, "available_bytes": 2.0**30}
+    gauges = {"clock_hz.gpu": 1.02e9, "clock_hz.idle": 0.0, "load.gpu": 0.34, "available_bytes": 2.0**30}
     zones = {f"temperature_c.zone{number}": 40.0 + number for number in range(9)}
-    found = look(Toy(gauges={**gauges, **zones, "power_w": 7.5, "power_w.VDD_SOC": 1.25}, counters={"energy_j": 12.5}))
+    found = look(Toy(gauges={**gauges, **zones, "power_w.VDD_SOC": 1.25, "power_w": 7.5}, counters={"energy_j": 12.5}))
     shown = {row.name: row.found for row in found.rows if row.area == "sensors"}
     assert shown == {
         "clock": "gpu 1.02 GHz, idle 0 Hz",
-        "load": "gpu 34.5%",
+        "load": "gpu 34%",
         "memory available": "1.00 GiB",
-        "temperature": "zone0 40 °C, zone1 41 °C, zone2 42 °C, zone3 43 °C and 5 more",
-        "power": "7.5 W, VDD_SOC 1.25 W (VDD_IN, module)",
+        "temperature": "zone8 48.0 °C, zone7 47.0 °C, zone6 46.0 °C, zone5 45.0 °C and 5 more",
+        "power": "7.50 W, VDD_SOC 1.25 W (VDD_IN, module)",
         "energy": "12.5 J (VDD_IN, module)",
     }
 
@@ -393,7 +394,12 @@ RAPL = "sys/class/powercap/intel-rapl:{}/energy_uj"
             [RAPL.format(0), RAPL.format(1)],
             f"sudo chmod a+r /{RAPL.format(0)} /{RAPL.format(1)}",
         ),
-        ("/sys/class/hwmon/hwmon1/in1_input: no permission", [], "sudo chmod a+r /sys/class/hwmon/hwmon1/in1_input"),
+        (
+            "/" + RAPL.format(0) + ": no permission; run as root",
+            [RAPL.format(0), RAPL.format("0:0"), RAPL.format(12)],
+            f"sudo chmod a+r /{RAPL.format(0)} /{RAPL.format(12)}",
+        ),
+        ("no permission (/sys/class/hwmon/hwmon1/in1_input)", [], "sudo chmod a+r /sys/class/hwmon/hwmon1/*_input"),
         ("/sys/kernel/debug/nvmap: no permission", [], f"sudo {sys.executable} -m hydradeploy profile"),
         ("NVML: no permission", [], f"sudo {sys.executable} -m hydradeploy profile"),
         ("no RAPL below /sys/class/powercap, as in most virtual machines", [], None),
@@ -402,6 +408,11 @@ RAPL = "sys/class/powercap/intel-rapl:{}/energy_uj"
 def test_what_only_lacks_permission_says_how_it_is_given(look, reason, files, fix):
     found = look(Toy(unread={"energy": reason}), {**QUIET, **dict.fromkeys(files, "1")})
     assert row(found, "sensors", "energy") == Row("sensors", "energy", "remark", reason, fix)
+
+
+def test_a_sensor_that_is_off_with_its_engine_is_in_order(look):
+    found = look(Toy(unread={"temperature_c.cv0-thermal": "the sensor is off (/sys/x/temp)"}))
+    assert row(found, "sensors", "temperature cv0-thermal").status == "ok"
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "jetson"])
@@ -421,6 +432,49 @@ def test_root_is_offered_for_what_it_gives_on_this_device(look, monkeypatch, kin
 def test_root_is_not_asked_for_where_it_gives_nothing(look, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert row(look(), "rights", "root").status == "ok"
+
+
+JETSONS = Path(__file__).parent / "fixtures" / "devices" / "jetson"
+
+
+@pytest.mark.parametrize(
+    ("board", "mode", "power"),
+    [
+        ("orin-nano", "MAXN_SUPER", "(VDD_IN, module)"),
+        ("agx-orin", "MAXN", "(VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0, module)"),
+        ("thor", None, "(VIN, board)"),
+    ],
+)
+def test_the_recorded_jetsons(tmp_path, backends, board, mode, power):
+    def command(words) -> str:
+        if mode is None:
+            raise MissingError("there is no program nvpmodel here")
+        return (JETSONS / board / "nvpmodel-q.txt").read_text()
+
+    root = JETSONS / board
+    found = diagnose(tmp_path, here=Jetson(root, command), root=root, rest=lambda seconds: None)
+    assert [row for row in found.rows if "could not be looked at" in row.found] == []
+    assert found.device == "jetson"
+    assert row(found, "device", "jetson").found == "this machine is one"
+    assert row(found, "sensors", "power").found.endswith(power)
+    assert "thermal" in row(found, "sensors", "temperature").found
+    assert row(found, "clocks", "clocks").status == "remark"
+    assert "jetson_clocks" in (row(found, "clocks", "clocks").fix or "")
+    assert row(found, "load", "throttling").status == "ok"
+    if mode is None:
+        assert row(found, "sensors", "power mode").found == "there is no program nvpmodel here"
+    else:
+        assert row(found, "clocks", "power mode").found == mode
+    assert found.exit_code is ExitCode.OK
+
+
+def test_overcurrent_of_a_whole_uptime_is_shown_and_is_no_remark(tmp_path, backends):
+    root = JETSONS / "orin-nano"
+    found = diagnose(tmp_path, here=Jetson(root, lambda words: ""), root=root, rest=lambda seconds: None)
+    assert row(found, "sensors", "throttle events").found.startswith("oc2 15, ")
+    assert row(found, "sensors", "overcurrent events") == Row(
+        "sensors", "overcurrent events", "ok", "oc3 37 since boot"
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ _LOOK = "top -o %CPU"
 
 def average(patient: Patient) -> Iterator[Row]:
     words = (patient.tree.text("proc/loadavg") or "").split()
-    cores = patient.device.cores
+    cores = patient.cores
     if not words:
         yield Row("load", "average", "remark", "cannot be read")
     elif float(words[0]) > cores:
@@ -40,7 +40,7 @@ def others(patient: Patient) -> Iterator[Row]:
     patient.rest(_WINDOW_S)
     ours = time.process_time() - ours
     after = patient.here.read(time.monotonic(), (os.getpid(),))
-    yield from _busy(before, after, ours, patient.device.cores)
+    yield from _busy(before, after, ours, patient.cores)
     yield from _stolen(before, after)
     yield from _swapping(before, after, patient)
     yield from _throttling(before, after)

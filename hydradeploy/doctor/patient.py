@@ -56,6 +56,15 @@ class Patient:
     def device(self) -> Device:
         return self.here.identity()
 
+    @cached_property
+    def missing(self) -> Mapping[str, str]:
+        return self.here.missing()
+
+    @property
+    def cores(self) -> int:
+        """Logical ones of the machine; those of this process where it does not tell."""
+        return self.device.cores or self.here.cores()
+
     @property
     def is_root(self) -> bool:
         return os.geteuid() == 0

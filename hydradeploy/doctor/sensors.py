@@ -8,10 +8,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 
-from hydradeploy.doctor.patient import AS_ROOT, Patient, Row, several
+from hydradeploy.doctor.patient import AS_ROOT, Patient, Row, Status, several
 from hydradeploy.units import show_bytes, show_count, show_percent
 
 _UNITS = {"bytes": "B", "c": "°C", "hz": "Hz", "j": "J", "s": "s", "w": "W"}
+_DIGITS = {"°C": 1, "J": 1, "W": 2}
 _NAMES = {
     "available_bytes": "memory available",
     "busy_s": "processor time",
@@ -19,28 +20,33 @@ _NAMES = {
     "cgroup_throttled_s": "stopped by a quota",
     "steal_s": "stolen time",
 }
-_NO_PERMISSION = "no permission"  # as reading.Tree says it
-_REFUSED = re.compile(rf"(/\S+): {_NO_PERMISSION}")
+# As reading.Tree says it; with the file before it, or behind it in parentheses.
+_NO_PERMISSION = "no permission"
+_REFUSED = re.compile(rf"(/\S+): {_NO_PERMISSION}|{_NO_PERMISSION} \((/\S+)\)")
+_OFF = "the sensor is off"
 
 
 def values(patient: Patient) -> Iterator[Row]:
-    """One row per quantity that a reading gave."""
+    """One row per quantity that a reading gave, with the largest values first, and a total before its parts."""
     reading = patient.here.read(time.monotonic(), (os.getpid(),))
-    counted = {key.partition(".")[0] for key in reading.counters}
-    found: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    found: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for key, value in {**reading.gauges, **reading.counters}.items():
         quantity, _, what = key.partition(".")
-        found[quantity][what] = _amount(quantity, value)
-    for quantity, amounts in found.items():
-        since = " since boot" if quantity in counted - {"energy_j"} else ""
+        found[quantity][what] = value
+    counted = {key.partition(".")[0] for key in reading.counters} - {"energy_j"}
+    for quantity, each in found.items():
+        ordered = sorted(each.items(), key=lambda item: (item[0] != "", -item[1]))
+        shown = several({what: _amount(quantity, value) for what, value in ordered})
         by = patient.here.meter() if quantity in ("energy_j", "power_w") else None
-        yield Row("sensors", _name(quantity), "ok", several(amounts) + since + (f" ({by})" if by else ""))
+        since = " since boot" if quantity in counted else ""
+        yield Row("sensors", _name(quantity), "ok", shown + since + (f" ({by})" if by else ""))
 
 
 def missing(patient: Patient) -> Iterator[Row]:
-    """One row per quantity that cannot be read."""
-    for quantity, reason in patient.here.missing().items():
-        yield Row("sensors", _name(quantity), "remark", reason, _permit(patient, reason))
+    """One row per quantity that cannot be read. A sensor that is off with its engine is in order."""
+    for quantity, reason in patient.missing.items():
+        status: Status = "ok" if _OFF in reason else "remark"
+        yield Row("sensors", _name(quantity), status, reason, _permit(patient, reason))
 
 
 def rights(patient: Patient) -> Iterator[Row]:
@@ -54,7 +60,7 @@ def rights(patient: Patient) -> Iterator[Row]:
 
 
 def _root_buys(patient: Patient) -> Iterator[str]:
-    yield from (_name(what) for what, reason in patient.here.missing().items() if _NO_PERMISSION in reason)
+    yield from (_name(what) for what, reason in patient.missing.items() if _NO_PERMISSION in reason)
     if patient.here.kind == "jetson":
         yield "memory held through NvMap"
     if patient.here.kind != "cpu" or patient.tree.glob("sys/devices/system/cpu/cpu*/cpufreq"):
@@ -65,18 +71,28 @@ def _permit(patient: Patient, reason: str) -> str | None:
     """What makes a quantity readable that only lacks permission."""
     if _NO_PERMISSION not in reason:
         return None
-    refused = _REFUSED.match(reason)
-    if refused is None or refused[1].startswith("/sys/kernel/debug/"):
-        return AS_ROOT
-    # Of counters that belong together the reason names the first.
-    alike = patient.tree.glob(re.sub(r"\d+", "*", refused[1])) or [patient.tree.path(refused[1])]
-    return "sudo chmod a+r " + " ".join(map(patient.tree.shown, alike))
+    refused = _REFUSED.search(reason)
+    path = next(filter(None, refused.groups())) if refused else ""
+    if path.startswith("/sys/class/"):
+        return "sudo chmod a+r " + " ".join(_alike(patient, path))
+    return AS_ROOT
+
+
+def _alike(patient: Patient, path: str) -> list[str]:
+    """A reason names the first of the files that are read together: the inputs of a chip, or of all packages."""
+    if path.startswith("/sys/class/hwmon/"):
+        return [path.rpartition("/")[0] + "/*_input"]
+    like = re.compile(re.sub(r"\d+", r"\\d+", re.escape(path)))
+    found = map(patient.tree.shown, patient.tree.glob(re.sub(r"\d+", "*", path)))
+    return [other for other in found if like.fullmatch(other)] or [path]
 
 
 def _name(quantity: str) -> str:
-    """`clock_hz` is the clock."""
-    words = quantity.split("_")
-    return _NAMES.get(quantity) or " ".join(words[:-1] if words[-1] in _UNITS else words)
+    """`clock_hz` is the clock, `clock_hz.gpu` that of the gpu."""
+    kind, _, what = quantity.partition(".")
+    words = kind.split("_")
+    name = _NAMES.get(kind) or " ".join(words[:-1] if words[-1] in _UNITS else words)
+    return f"{name} {what}".strip()
 
 
 def _amount(quantity: str, value: float) -> str:
@@ -86,5 +102,7 @@ def _amount(quantity: str, value: float) -> str:
     if unit == "Hz":
         return f"{show_count(value)}Hz" if value >= 1e3 else f"{value:.0f} Hz"
     if quantity == "load":
-        return show_percent(value)
-    return f"{value:.6g} {unit}".strip()
+        return show_percent(value, 0)
+    if quantity == "load_average":
+        return f"{value:.2f}"
+    return f"{value:.{_DIGITS.get(unit, 0)}f} {unit}".strip()

@@ -54,7 +54,7 @@ def power_mode(patient: Patient) -> Iterator[Row]:
 
 def affinity(patient: Patient) -> Iterator[Row]:
     threads = show_threads(patient.here.cores())
-    found = f"{patient.conditions.affinity} of {patient.device.cores} cores, so {threads} unless --threads is given"
+    found = f"{patient.conditions.affinity} of {patient.cores} cores, so {threads} unless --threads is given"
     yield Row("cores", "affinity", "ok", found)
 
 

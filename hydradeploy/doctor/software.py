@@ -46,5 +46,5 @@ def device(patient: Patient) -> Iterator[Row]:
         yield Row("device", "asked for", "wrong", patient.refused, f"what follows is about {patient.here.kind}")
         return
     who = patient.device
-    found = f"{who.kind}: {who.name}, {who.instruction_set}, {who.cores} cores, {show_bytes(who.memory_bytes)}"
+    found = f"{who.kind}: {who.name}, {who.instruction_set}, {patient.cores} cores, {show_bytes(who.memory_bytes)}"
     yield Row("device", "profile takes", "ok", found)
