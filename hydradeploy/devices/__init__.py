@@ -14,6 +14,7 @@ from hydradeploy.measurements import Conditions, Device
 # In the order in which one is chosen when nobody names one.
 DEVICE_MODULES = {
     "jetson": "hydradeploy.devices.jetson",
+    "cuda": "hydradeploy.devices.cuda",
     "cpu": "hydradeploy.devices.cpu",
 }
 
