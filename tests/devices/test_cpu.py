@@ -7,21 +7,15 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from hydradeploy.devices import DEVICE_MODULES, machine
 from hydradeploy.devices.cpu import MACHINE, Cpu, instruction_set
+from hydradeploy.devices.reading import Reading
 from hydradeploy.errors import MissingError, UsageError
 from hydradeploy.spec import show_heads
-
-
-def tree(root: Path, files: Mapping[str, str | bytes]) -> Path:
-    """A root directory with these files."""
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
+from tests.devices.trees import tree
 
 
 def cpu(root: Path, files: Mapping[str, str | bytes]) -> Cpu:
@@ -230,6 +224,80 @@ def test_files_that_cannot_be_read_are_as_good_as_none(tmp_path):
     assert (found.conditions({}).governor, found.conditions({}).quota_cores) == (None, None)
     assert found.read(0.0).gauges == {}
     assert found.why_not() is None
+
+
+RAPL = {"name": "package-0", "energy_uj": 2000000, "max_energy_range_uj": 65532610987}
+
+
+def test_a_reading_has_every_sensor_and_the_energy_of_its_meter(tmp_path):
+    files = {
+        "proc/stat": "cpu  100 20 30 4000 50 6 7 8 0 0\n",
+        "proc/vmstat": "pswpin 1\npswpout 2\noom_kill 0\n",
+        "proc/meminfo": "MemAvailable: 8 kB\n",
+        "proc/loadavg": "1.50 1 1 1/1 1\n",
+        "proc/self/cgroup": "0::/a\n",
+        "sys/fs/cgroup/a/cpu.stat": "nr_throttled 3\nthrottled_usec 5000000\n",
+        "sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq": "1500000\n",
+        "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": "4\n",
+        "sys/class/thermal/thermal_zone0/type": "x86_pkg_temp\n",
+        "sys/class/thermal/thermal_zone0/temp": "45000\n",
+        **{f"sys/class/powercap/intel-rapl:0/{name}": f"{value}\n" for name, value in RAPL.items()},
+    }
+    found = cpu(tmp_path, files)
+    reading = found.read(12.5)
+    assert reading.at_s == 12.5
+    assert reading.gauges == {
+        "available_bytes": 8192.0,
+        "load_average": 1.5,
+        "clock_hz.policy0": 1.5e9,
+        "temperature_c.x86_pkg_temp": 45.0,
+    }
+    ticks = os.sysconf("SC_CLK_TCK")
+    assert reading.counters == {
+        "busy_s": 163 / ticks,
+        "steal_s": 8 / ticks,
+        "swapped_pages": 3.0,
+        "oom_kills": 0.0,
+        "cgroup_throttled": 3.0,
+        "cgroup_throttled_s": 5.0,
+        "throttle_events.core": 4.0,
+        "energy_j": 2.0,
+    }
+    assert found.missing() == {}
+    assert found.meter() == "RAPL package-0 (without memory)"
+
+
+def test_energy_never_goes_back_from_one_reading_to_the_next(tmp_path):
+    found = cpu(tmp_path, {f"sys/class/powercap/intel-rapl:0/{name}": f"{value}\n" for name, value in RAPL.items()})
+    seen = []
+    for microjoules in (2000000, 65000000000, 1000000, 3000000, 3000000, 10):
+        (tmp_path / "sys/class/powercap/intel-rapl:0/energy_uj").write_text(f"{microjoules}\n")
+        seen.append(found.read(0.0).counters["energy_j"])
+    assert seen == sorted(seen)
+    assert seen[0] == 2.0
+
+
+def test_a_machine_that_tells_nothing_gives_an_empty_reading_and_a_reason_for_each_quantity(tmp_path):
+    found = Cpu(tmp_path)
+    assert (found.read(1.0).gauges, found.read(1.0).counters, found.meter()) == ({}, {}, None)
+    missing = found.missing()
+    assert set(missing) >= {"energy", "clock", "temperature", "throttling"}
+    assert all(len(reason.split()) > 3 for reason in missing.values())
+    assert found.occupied_bytes() is None
+    with pytest.raises(MissingError, match="cannot be pinned"):
+        found.lock_clocks().__enter__()
+
+
+def test_readings_of_this_machine_go_forward_and_through_json():
+    before, after = MACHINE.read(1.0), MACHINE.read(2.0)
+    assert msgspec.json.decode(msgspec.json.encode(before), type=Reading) == before
+    assert before.counters.keys() == after.counters.keys()
+    assert all(after.counters[name] >= value for name, value in before.counters.items())
+    assert after.counters["busy_s"] > 0
+    assert ("energy_j" in after.counters) == (MACHINE.meter() is not None) == ("energy" not in MACHINE.missing())
+    occupied = MACHINE.occupied_bytes()
+    assert occupied is not None
+    assert occupied > 1 << 20
 
 
 def test_this_machine_is_one_and_tells_what_it_is():
