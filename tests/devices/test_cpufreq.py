@@ -126,7 +126,8 @@ def test_pinned_clocks_are_put_back_when_the_block_is_left_by_an_error(tmp_path,
             assert found.clocks() == "pinned"
             raise error
 
-    pytest.raises(error, leave)
+    with pytest.raises(error):
+        leave()
     assert content(tmp_path) == before
 
 
