@@ -28,6 +28,10 @@ class VirtualClock:
     def advance(self, seconds: float) -> None:
         self.now += seconds
 
+    def sleep(self, seconds: float) -> None:
+        """In place of time.sleep."""
+        self.advance(seconds)
+
 
 @dataclass(frozen=True)
 class Null:

@@ -1,16 +1,18 @@
-"""One fresh process per cell and round: a request as JSON on stdin, what was measured as JSON on stdout.
+"""One fresh process per cell and round: a request as a line of JSON on stdin, what was measured as JSON on stdout.
 
 Fresh, because where memory lands and what a runtime decided at its start differ from process to process, and because
-two runtimes with spinning threads spoil each other's numbers.
+two runtimes with spinning threads spoil each other's numbers. A request that is `sustain` leaves stdin open until
+temperatures have settled: its end tells the child so.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
-import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,29 +22,27 @@ import numpy as np
 import hydradeploy
 from hydradeploy.backends import Model, Options, backend
 from hydradeploy.bundle import Batch, Extent
+from hydradeploy.devices import machine
 from hydradeploy.errors import HydraError, MissingError
 from hydradeploy.profiler.sampling import Measured, Sampling, measure
+from hydradeploy.profiler.watched import Ended, oom_kills, run_watched
 from hydradeploy.spec import Record
 
-_PATIENCE_S = 3600
 _PR_SET_PDEATHSIG = 1
+_PR_SET_TIMERSLACK = 29
 # Not `-m`: that would let a file in the working directory stand in for a module of that name.
 _START = f"import sys; sys.path = list(filter(None, sys.path)); from {__name__} import main; sys.exit(main())"
 
 
-class Request(Record, frozen=True, kw_only=True):
-    """What to measure. `batches` is an .npy file of float32 (b, n, channels, s, s)."""
+class Opened(Record, frozen=True, kw_only=True):
+    """A model to open."""
 
-    backend: str
     name: str
     graph: str
     batch: Batch
     image_shape: tuple[int, int, int]
     classes: int
     extents: tuple[tuple[str, int, int], ...]
-    threads: int
-    batches: str
-    sampling: Sampling
 
     @property
     def model(self) -> Model:
@@ -50,34 +50,77 @@ class Request(Record, frozen=True, kw_only=True):
         return Model(self.name, Path(self.graph), self.batch, self.image_shape, self.classes, extents)
 
 
-def spawn(request: Request) -> Measured:
-    """Answer a request in a fresh process; raises MissingError with its last words where that fails."""
+class Request(Opened, frozen=True, kw_only=True):
+    """What to measure. `batches` is an .npy file of float32 (b, n, channels, s, s).
+
+    `device` is the kind of device that says how much memory is occupied, `other` the model to switch from.
+    """
+
+    backend: str
+    threads: int
+    batches: str
+    sampling: Sampling
+    device: str = "cpu"
+    other: Opened | None = None
+
+
+def spawn(
+    request: Request,
+    *,
+    patience_s: float = 3600.0,
+    settled: Callable[[], bool] | None = None,
+    on_start: Callable[[int], None] | None = None,
+) -> Measured:
+    """Answer a request in a fresh process, which dies with this thread, and its own children with it.
+
+    This thread is blocked meanwhile. `settled` is asked once a second whether temperatures have stopped rising; without
+    it they count as settled. `on_start` is given the number of the process. Raises MissingError with the last words of
+    a process that fails, or that has not answered within `patience_s`.
+    """
     package = str(Path(hydradeploy.__file__).parents[1])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    killed_before = oom_kills()
+    ended = run_watched(
+        [sys.executable, "-c", _START, str(os.getpid())],
+        msgspec.json.encode(request) + b"\n",
+        env=os.environ | {"PYTHONPATH": path},
+        patience_s=patience_s,
+        release=settled,
+        on_start=on_start,
+    )
+    if ended.code != 0:
+        raise MissingError(f"{request.name}: {_how(ended, patience_s, killed_before)}: {ended.last_words}")
     try:
-        ran = subprocess.run(
-            [sys.executable, "-c", _START],
-            input=msgspec.json.encode(request),
-            capture_output=True,
-            env=os.environ | {"PYTHONPATH": path},
-            timeout=_PATIENCE_S,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise MissingError(f"{request.name}: no answer within {_PATIENCE_S} s") from error
-    if ran.returncode:
-        words = ran.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        how = f"signal {-ran.returncode}" if ran.returncode < 0 else f"exit {ran.returncode}"
-        raise MissingError(f"{request.name}: the measuring process ended with {how}: {words[-1]}")
-    try:
-        return msgspec.json.decode(ran.stdout.splitlines()[-1], type=Measured)
+        return msgspec.json.decode(ended.out.splitlines()[-1], type=Measured)
     except (IndexError, msgspec.DecodeError) as error:
         raise MissingError(f"{request.name}: the measuring process ended without an answer") from error
 
 
-def answer(request: Request) -> Measured:
+def _how(ended: Ended, patience_s: float, killed_before: int) -> str:
+    if ended.code is None:
+        return f"no answer within {patience_s:g} s"
+    if ended.code > 0:
+        return f"the measuring process ended with exit {ended.code}"
+    if -ended.code == signal.SIGKILL and oom_kills() > killed_before:
+        return "the measuring process was killed for lack of memory"
+    known = -ended.code in {int(known) for known in signal.Signals}
+    name = signal.Signals(-ended.code).name if known else f"signal {-ended.code}"
+    return f"the measuring process ended with {name}"
+
+
+def answer(request: Request, settled: Callable[[], bool] = lambda: True) -> Measured:
     """Measure in this process."""
     batches = np.load(request.batches, mmap_mode=None)
-    return measure(backend(request.backend), request.model, Options(request.threads), batches, request.sampling)
+    return measure(
+        backend(request.backend),
+        request.model,
+        Options(request.threads),
+        batches,
+        request.sampling,
+        other=request.other.model if request.other is not None else None,
+        occupied_bytes=machine(request.device).occupied_bytes,
+        settled=settled,
+    )
 
 
 def main() -> int:
@@ -85,13 +128,27 @@ def main() -> int:
     # Whatever a runtime prints goes to stderr; the last line on stdout is the answer.
     stdout = os.dup(1)
     os.dup2(2, 1)
-    with suppress(AttributeError, OSError):  # Linux only; elsewhere a killed parent leaves its child measuring
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _die_with(int(sys.argv[1]))
     try:
-        found = answer(msgspec.json.decode(sys.stdin.buffer.read(), type=Request))
+        request = msgspec.json.decode(sys.stdin.buffer.readline(), type=Request)
+        found = answer(request, _stdin_ended)
     except HydraError as error:
         print(error.message, file=sys.stderr)
         return int(error.exit_code)
     with os.fdopen(stdout, "wb") as file:
         file.write(b"\n" + msgspec.json.encode(found))
     return 0
+
+
+def _die_with(parent: int) -> None:
+    with suppress(AttributeError, OSError):  # Linux only; elsewhere a killed parent leaves its child measuring
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # Else the kernel may wake a caller 50 us after its call is due.
+        libc.prctl(_PR_SET_TIMERSLACK, 1)
+    if os.getppid() != parent:  # it died before that was set
+        sys.exit("the process that asked is gone")
+
+
+def _stdin_ended() -> bool:
+    return bool(select.select([sys.stdin], [], [], 0)[0])

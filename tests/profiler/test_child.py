@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -15,8 +19,9 @@ import pytest
 from hydradeploy import open_bundle
 from hydradeploy.backends import backend, model_of
 from hydradeploy.errors import MissingError
-from hydradeploy.profiler.child import Request, spawn
+from hydradeploy.profiler.child import Opened, Request, spawn
 from hydradeploy.profiler.sampling import Sampling
+from hydradeploy.profiler.watched import oom_kills
 from tests.conftest import missing
 
 SAMPLING = Sampling(warmup=2, warmup_s=0.0, samples=7, seconds=0.0, at_most=7)
@@ -84,7 +89,7 @@ def test_images_that_cannot_be_read_are_the_reason(request_of, tmp_path):
 
 
 STAND_IN = """
-    import os, signal, sys, time
+    import os, signal, subprocess, sys, time
     import numpy as np
 
     __version__ = "0"
@@ -118,13 +123,13 @@ def stand_in(tmp_path, monkeypatch) -> Callable[..., None]:
 
 def test_a_child_that_is_killed_is_told_by_its_signal(request_of, stand_in):
     stand_in("os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(MissingError, match=r"^h02-fp32: the measuring process ended with signal 9: it said nothing$"):
+    with pytest.raises(MissingError, match=r"^h02-fp32: the measuring process ended with SIGKILL: it said nothing$"):
         spawn(request_of())
 
 
 def test_the_last_words_of_a_child_that_crashes_are_told(request_of, stand_in):
     stand_in("print('illegal instruction', file=sys.stderr, flush=True); os.kill(os.getpid(), signal.SIGSEGV)")
-    with pytest.raises(MissingError, match=r"ended with signal 11: illegal instruction$"):
+    with pytest.raises(MissingError, match=r"ended with SIGSEGV: illegal instruction$"):
         spawn(request_of())
 
 
@@ -238,3 +243,241 @@ def test_settings_of_the_environment_reach_the_child(request_of, stand_in, monke
     monkeypatch.setenv("HYDRADEPLOY_TEST_SETTING", "kept")
     stand_in(opening="assert os.environ['HYDRADEPLOY_TEST_SETTING'] == 'kept'")
     assert len(spawn(request_of()).latency_s) == 7
+
+
+def test_the_window_of_the_samples_is_on_the_clock_of_this_process_too(request_of):
+    before = time.perf_counter()
+    found = spawn(request_of())
+    assert before < found.started_s < found.ended_s < time.perf_counter()
+    assert found.ended_s - found.started_s >= sum(found.latency_s) * 0.999
+
+
+def sampling(**changes: object) -> Sampling:
+    return msgspec.structs.replace(SAMPLING, **changes)
+
+
+def test_several_callers_of_a_real_artifact_give_their_samples(request_of):
+    how = sampling(warmup=30, samples=60, at_most=60, concurrency=3)
+    found = spawn(request_of(sampling=how))
+    assert len(found.latency_s) == 60
+    assert found.steady is not None
+    # In company: calls overlap, so together they take longer than the window they are in.
+    assert sum(found.latency_s) > found.ended_s - found.started_s
+
+
+def test_switches_from_another_artifact_are_measured_and_its_memory_is_not(request_of, shared_bundle):
+    target = request_of("h06-fp32")
+    fields = {name: getattr(target, name) for name in Opened.__struct_fields__}
+    found = spawn(request_of(other=Opened(**fields), sampling=sampling(switches=4)))
+    assert len(found.switch_s) == 4
+    assert all(0 < value < 10 for value in found.switch_s)
+    assert spawn(request_of(sampling=sampling(switches=4))).switch_s == ()
+
+
+def test_calls_on_a_schedule_are_on_that_schedule(request_of):
+    """Ten calls at 50 Hz: the last is due nine periods after the first."""
+    found = spawn(request_of(sampling=sampling(samples=10, at_most=10, pace_hz=50.0)))
+    assert len(found.latency_s) == 10
+    assert found.ended_s - found.started_s >= 9 / 50
+
+
+FAST = """
+import time
+real = time.perf_counter
+time.perf_counter = lambda: 50 * real()
+"""
+
+
+@pytest.mark.parametrize("answers", [None, [False, False, True]], ids=["unasked", "asked"])
+def test_a_sustained_run_ends_when_calls_are_steady_and_the_parent_says_so(request_of, stand_in, tmp_path, answers):
+    """On a clock that runs fifty times as fast, so that minutes are seconds."""
+    stand_in("time.sleep(0.005)")
+    (tmp_path / "packages" / "sitecustomize.py").write_text(FAST)
+    left = list(answers or ())
+    how = sampling(samples=5, at_most=5, settle_s=1e5, sustain=True)
+    started = time.monotonic()
+    found = spawn(request_of(sampling=how), patience_s=120, settled=None if answers is None else lambda: left.pop(0))
+    assert found.settled_from is not None
+    assert len(found.latency_s) > found.settled_from + 30
+    assert left == []
+    assert answers is None or time.monotonic() - started > 2, "it is asked once a second"
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends within some seconds."""
+    for _ in range(200):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def written(path: Path) -> str:
+    """The content of a file, once it is there."""
+    for _ in range(600):
+        with suppress(FileNotFoundError):
+            if text := path.read_text():
+                return text
+        time.sleep(0.05)
+    raise AssertionError(f"{path} was not written")
+
+
+def test_a_child_that_hangs_is_killed_and_its_last_words_are_told(request_of, stand_in, tmp_path):
+    """Patience starts when it has said them."""
+    stand_in()
+    said, pids = tmp_path / "said", []
+    (tmp_path / "packages" / "sitecustomize.py").write_text(
+        f"import os, time; os.write(2, b'loading\\n'); open({str(said)!r}, 'w').write('so'); time.sleep(600)"
+    )
+
+    def wait(pid: int) -> None:
+        pids.append(pid)
+        written(said)
+
+    with pytest.raises(MissingError, match=r"^h02-fp32: no answer within 0\.2 s: loading$"):
+        spawn(request_of(), patience_s=0.2, on_start=wait)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def test_a_child_that_has_closed_its_pipes_and_hangs_is_killed_too(request_of, stand_in):
+    stand_in(outside="\nos.closerange(0, 200); time.sleep(600)\n")
+    with pytest.raises(MissingError, match=r"no answer within 1 s: it said nothing$"):
+        spawn(request_of(), patience_s=1)
+
+
+def test_an_interrupt_kills_the_child_and_waits_for_it(request_of, stand_in):
+    stand_in("time.sleep(600)")
+    pids = []
+
+    def interrupt() -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        spawn(request_of(), settled=interrupt, on_start=pids.append)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(3)"])
+def test_what_a_child_started_dies_with_it_and_does_not_keep_the_parent_waiting(request_of, stand_in, tmp_path, end):
+    """Though it holds the child's pipes."""
+    stand_in(f"open({str(tmp_path / 'pid')!r}, 'w').write(str(subprocess.Popen(['sleep', '600']).pid)); {end}")
+    started = time.monotonic()
+    with pytest.raises(MissingError, match="ended with"):
+        spawn(request_of())
+    assert time.monotonic() - started < 300
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+PARENT = """
+import sys, msgspec
+from pathlib import Path
+from hydradeploy.profiler.child import Request, spawn
+spawn(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Request))
+"""
+
+
+def test_a_child_dies_with_its_parent(request_of, stand_in, tmp_path):
+    stand_in(f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)")
+    (tmp_path / "request").write_bytes(msgspec.json.encode(request_of()))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "request")])
+    try:
+        child = int(written(tmp_path / "pid"))
+    finally:
+        parent.kill()
+        parent.wait()
+    assert gone(child)
+
+
+def test_a_child_of_a_thread_is_as_good_as_any(request_of):
+    """It dies with the thread that waits for it, which outlives it."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(spawn(request_of())))
+    thread.start()
+    thread.join()
+    assert len(found[0].latency_s) == 7
+
+
+def test_last_words_are_told_after_megabytes_of_others(request_of, stand_in):
+    stand_in("[os.write(2, b'warning\\n' * 1000) for _ in range(1000)]; os.write(2, b'out of luck\\n'); os.abort()")
+    with pytest.raises(MissingError, match=r"ended with SIGABRT: out of luck$"):
+        spawn(request_of())
+
+
+def test_the_parent_uses_no_processor_time_while_it_waits(request_of, stand_in):
+    """Under a hundredth of the time it waits, also while it asks whether temperatures have settled."""
+    stand_in("time.sleep(0.3)")
+    used = []
+
+    def started(pid: int) -> None:
+        used.extend([time.thread_time(), time.monotonic()])
+
+    spawn(request_of(), settled=lambda: False, on_start=started)
+    assert time.thread_time() - used[0] < 0.01 * (time.monotonic() - used[1])
+
+
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """A control group of 96 MiB; whoever is written into its cgroup.procs is in it."""
+    tops = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
+    top = next((top for top in tops if any(top.glob("memory.*")) or (top / "cgroup.controllers").exists()), None)
+    if top is None:
+        missing("cgroup", "no memory controller here")
+    group = top / f"hydradeploy-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        missing("cgroup", f"this kernel lets us make no control group ({error.strerror})")
+    try:
+        limits = [group / name for name in ("memory.limit_in_bytes", "memory.max")]
+        limit = next((path for path in limits if path.exists()), None)
+        if limit is None:
+            missing("cgroup", "its memory controller is not ours to use")
+        limit.write_text(str(96 << 20))
+        for name, value in (("memory.swap.max", "0"), ("memory.memsw.limit_in_bytes", str(96 << 20))):
+            with suppress(OSError):
+                (group / name).write_text(value)
+        yield group
+    finally:
+        group.rmdir()
+
+
+def test_a_child_that_the_kernel_kills_for_lack_of_memory_is_told_as_such(request_of, stand_in, small_group):
+    enter = f"open({str(small_group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
+    stand_in("np.ones(512 << 20, np.uint8)", opening=enter)
+    with pytest.raises(MissingError, match=r"^h02-fp32: the measuring process was killed for lack of memory: "):
+        spawn(request_of())
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ({"proc/vmstat": "nr_free_pages 3\noom_kill 7\nallocstall 2\n"}, 7),
+        ({"proc/self/cgroup": "0::/a.slice\n", "sys/fs/cgroup/a.slice/memory.events": "oom 1\noom_kill 3\n"}, 3),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/b\n1:cpu:/\n0::/\n",
+                "sys/fs/cgroup/memory/b/memory.oom_control": "under_oom 0\noom_kill 5\n",
+                "proc/vmstat": "oom_kill 5\n",
+            },
+            10,
+        ),
+        ({"proc/vmstat": "nr_free_pages 3\n"}, 0),
+        ({}, 0),
+    ],
+)
+def test_kills_for_lack_of_memory_are_counted_where_the_kernel_counts_them(tmp_path, files, count):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert oom_kills(tmp_path) == count
+
+
+def test_an_interpreter_that_is_not_there_is_the_reason(request_of, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(MissingError, match="/no/such/python cannot be started: No such file"):
+        spawn(request_of())

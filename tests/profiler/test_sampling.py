@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, count, pairwise, repeat
+from math import exp
 from pathlib import Path
+from threading import Barrier, Event, Lock
 
 import numpy as np
 import pytest
@@ -18,25 +20,29 @@ from hypothesis import strategies as st
 
 from hydradeploy.backends import Model, Options
 from hydradeploy.backends.null import Null, NullSession, VirtualClock
-from hydradeploy.profiler.sampling import Measured, Sampling, measure, peak_bytes
-from tests.conftest import missing
+from hydradeploy.profiler import sampling as module
+from hydradeploy.profiler.sampling import MOST_BEHIND_S, Measured, Sampling, measure
 
 TICK = 1 / 1024
 MODEL = Model("h02-fp32", Path("h02-fp32.onnx"), 1, (3, 4, 4), 10)
 BATCHES = np.arange(4, dtype=np.float32).repeat(48).reshape(4, 1, 3, 4, 4)
 
 
-def sampling(**changes: float) -> Sampling:
+def sampling(**changes: float | None) -> Sampling:
     values = {"warmup": 0, "warmup_s": 0.0, "samples": 1, "seconds": 0.0, "at_most": 1000}
     return Sampling(**(values | changes))  # type: ignore[arg-type]
 
 
 def measured(latencies: Sequence[float], how: Sampling, load_s: float = 0.125) -> Measured:
     """What is measured of a model whose calls take these seconds, the last of them for ever."""
+    return endless(chain(latencies, repeat(latencies[-1])), how, load_s)
+
+
+def endless(latencies: Iterator[float], how: Sampling, load_s: float = 0.125, **watched: object) -> Measured:
+    """What is measured of a model whose calls take these seconds."""
     clock = VirtualClock(now=1000.0)
-    return measure(
-        Null(clock, lambda _: chain(latencies, repeat(latencies[-1])), load_s), MODEL, Options(), BATCHES, how, clock
-    )
+    runner = Null(clock, lambda _: latencies, load_s)
+    return measure(runner, MODEL, Options(), BATCHES, how, clock, clock.sleep, **watched)
 
 
 def test_load_first_run_warm_up_and_samples_are_told_apart():
@@ -100,6 +106,12 @@ def test_every_sample_is_a_call_in_order_after_first_run_and_warm_up(how, ticks,
     assert found.latency_s == tuple(tick * TICK for tick in ticks[1 + warmup : 1 + warmup + samples])
 
 
+def test_the_window_of_the_samples_is_told_on_the_clock():
+    found = measured([3 * TICK], sampling(warmup=10, samples=20))
+    assert found.started_s == 1000 + 0.125 + 11 * 3 * TICK
+    assert found.ended_s == found.started_s + 20 * 3 * TICK
+
+
 @dataclass(frozen=True)
 class Witness(Null):
     """Remembers what it was asked to do and with which input."""
@@ -110,7 +122,7 @@ class Witness(Null):
         self.seen.append("prepare")
 
     def open(self, model: Model, options: Options) -> NullSession:
-        self.seen.append(options)
+        self.seen.append(options if model is MODEL else model.name)
         return _Watched(self.clock, model.classes, self.latencies(model), {"provider": "none"}, self.seen)
 
 
@@ -173,29 +185,332 @@ def test_time_is_that_of_the_clock_given_and_by_default_of_the_wall():
     assert all(0 <= value < 1 for value in found.latency_s), "a call of the null backend takes no real time"
 
 
-def test_a_session_that_takes_no_memory_is_not_charged_with_what_was_there():
-    """That what is taken counts is shown with real children."""
-    found = measured([TICK], sampling(samples=10))
-    if found.memory_bytes is None:
-        missing("VmHWM", "this kernel tells no peak of resident memory")
-    assert 0 <= found.memory_bytes < 4 << 20
+# Warm-up until steady.
+
+
+def test_warm_up_goes_on_until_calls_have_stopped_getting_faster():
+    ticks = [max(64, 300 - number) * TICK for number in range(400)]
+    found = measured(ticks, sampling(warmup=3, settle_s=1000.0, samples=50))
+    assert found.steady is True
+    assert 236 <= found.warmup < 3 * 236
+    assert set(found.latency_s) == {64 * TICK}
+
+
+@pytest.mark.parametrize("settle_s", [0.0, 1.0, 7.25])
+def test_a_warm_up_that_never_gets_steady_is_bounded_and_told(settle_s):
+    """Each call is a thousandth faster than the one before, from a sixteenth of a second on."""
+    found = endless((exp(-number / 1000) / 16 for number in count()), sampling(warmup=40, settle_s=settle_s))
+    least = 40 / 16
+    assert found.steady is False
+    assert settle_s / 0.0625 <= found.warmup - 40 <= settle_s / (exp(-(least + settle_s) * 16 / 900) / 16) + 1
+    assert len(found.latency_s) == 1
+
+
+def test_without_time_to_settle_warm_up_is_the_minimum_and_steady_is_what_the_test_says_of_it():
+    assert [measured([TICK], sampling(warmup=n)).steady for n in (0, 29, 30, 100)] == [None, None, True, True]
+    assert measured([n * TICK for n in range(200, 1, -1)], sampling(warmup=60)).steady is False
+
+
+def test_a_warm_up_of_too_few_calls_to_tell_is_told_as_such():
+    """Two calls a second, for five seconds."""
+    found = measured([0.5], sampling(warmup=2, settle_s=5.0))
+    assert found.warmup == 12
+    assert found.steady is None
+
+
+def test_no_more_calls_are_spent_on_what_is_steady_from_the_start_than_the_test_needs():
+    assert measured([TICK], sampling(warmup=3, settle_s=100.0)).warmup == 30
+    assert measured([TICK], sampling(warmup=300, settle_s=100.0)).warmup == 300
+
+
+def test_the_change_test_is_put_only_when_the_warm_up_has_grown(monkeypatch):
+    seen = []
+
+    def never(samples: Sequence[float]) -> bool:
+        seen.append(len(samples))
+        return False
+
+    monkeypatch.setattr(module, "steady", never)
+    found = measured([TICK], sampling(settle_s=20.0))
+    assert found.warmup > 20000
+    assert len(seen) < 35
+    assert all(after >= 1.25 * before for before, after in pairwise(seen[:-1]))
+
+
+# On a schedule.
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.sampled_from([1.0, 8.0, 64.0, 512.0]))
+def test_a_call_on_a_schedule_begins_when_it_is_due_and_the_one_before_is_done_and_counts_from_when_it_was_due(
+    ticks, pace
+):
+    """After Lindley's recursion; no call is left out."""
+    calls = [tick * TICK for tick in ticks]
+    found = measured([TICK, *calls], sampling(samples=len(calls), pace_hz=pace))
+    start = 1000 + 0.125 + TICK + 1 / pace
+    done, expected = start, []
+    for place, taken in enumerate(calls):
+        due = start + place / pace
+        done = max(done, due) + taken
+        expected.append(done - due)
+    assert found.latency_s == tuple(expected)
+    assert (found.started_s, found.ended_s) == (start, done)
+
+
+def test_calls_on_a_schedule_last_until_count_and_seconds_are_reached_too():
+    found = measured([TICK], sampling(warmup=5, samples=10, seconds=2.0, pace_hz=8.0))
+    assert found.warmup == 5
+    assert len(found.latency_s) == 16
+    assert found.latency_s == (TICK,) * 16
+    assert found.ended_s - found.started_s == 15 / 8 + TICK
+
+
+def test_one_slow_call_makes_those_behind_it_late_and_the_run_stays_a_steady_one():
+    found = measured([*[TICK] * 41, 5 / 8, TICK], sampling(warmup=40, samples=10, pace_hz=8.0))
+    late = [place / 8 + (5 - place) * TICK for place in range(4, -1, -1)]
+    assert found.latency_s == (5 / 8, *late, TICK, TICK, TICK, TICK)
+    assert found.steady is True
+    assert found.facts == {}
+
+
+def test_a_schedule_faster_than_the_calls_is_told_and_the_run_bounded():
+    """A call takes two periods: the run ends when the next one would be late by more than anyone waits."""
+    found = measured([1 / 4], sampling(warmup=40, samples=10000, at_most=10000, pace_hz=8.0))
+    late = [value - 1 / 4 for value in found.latency_s]
+    assert late == [place / 8 for place in range(len(late))]
+    assert late[-2] <= MOST_BEHIND_S < late[-1]
+    assert found.steady is False
+    assert found.facts["overload"] == "a call takes 0.25 s, the schedule gives it 0.125 s"
+
+
+def test_a_hopeless_schedule_still_has_samples():
+    found = measured([60.0], sampling(samples=100, pace_hz=32.0))
+    assert found.latency_s == (60.0, 120 - 1 / 32)
+    assert "overload" in found.facts
+
+
+def test_the_warm_up_keeps_to_the_schedule_and_is_judged_by_what_calls_take():
+    clock, begins = VirtualClock(), []
+
+    def calls() -> Iterator[float]:
+        for number in count():
+            begins.append(clock.now)
+            yield 1 / 16 if number % 50 else 1.0
+
+    runner = Null(clock, lambda _: calls(), load_s=0.0)
+    found = measure(runner, MODEL, Options(), BATCHES, sampling(warmup=80, pace_hz=4.0), clock, clock.sleep)
+    assert found.steady is True, "the wait behind the slow one is no change of the device"
+    assert begins[1] == 1.25
+    assert {after - before for before, after in pairwise(begins[1:40])} == {0.25}
+
+
+# Several callers.
+
+
+@dataclass
+class Threads:
+    """A backend whose calls do what they are told, given their number."""
+
+    run: object
+    name: str = "threads"
+    dialect: str = "ort"
+    processor: str = "cpu"
+    numbers: Iterator[int] = field(default_factory=count)
+    lock: object = field(default_factory=Lock)
+
+    def prepare(self) -> None: ...
+
+    def open(self, model: Model, options: Options) -> _Told:
+        return _Told(self)
+
+
+class _Told(NullSession):
+    def __init__(self, runner: Threads) -> None:
+        super().__init__(VirtualClock(), 10, repeat(0.0))
+        self.runner = runner
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        with self.runner.lock:
+            number = next(self.runner.numbers)
+        self.runner.run(number)
+        return np.zeros((1, 10), np.float32)
+
+
+def test_as_many_callers_as_asked_for_call_one_session_at_the_same_time():
+    """The first call of each waits for those of all the others."""
+    barrier = Barrier(4, timeout=30)
+    runner = Threads(lambda number: barrier.wait() if 1 <= number <= 4 else None)
+    found = measure(runner, MODEL, Options(), BATCHES, sampling(samples=40, concurrency=4))
+    assert len(found.latency_s) == 40
+    assert found.started_s <= found.ended_s
+
+
+def test_the_warm_up_of_several_callers_is_by_all_of_them():
+    barrier = Barrier(3, timeout=30)
+    runner = Threads(lambda number: barrier.wait() if 1 <= number <= 3 else None)
+    assert measure(runner, MODEL, Options(), BATCHES, sampling(warmup=30, concurrency=3)).warmup == 30
+
+
+def test_no_caller_stops_while_a_call_that_counts_still_runs():
+    """The last of 20 samples waits for a call after it, which is none."""
+    another = Event()
+
+    def run(number: int) -> None:
+        if number == 20:
+            assert another.wait(timeout=30)
+        elif number > 20:
+            another.set()
+
+    found = measure(Threads(run), MODEL, Options(), BATCHES, sampling(samples=20, concurrency=2))
+    assert len(found.latency_s) == 20
+
+
+def test_an_error_of_one_caller_is_raised_and_ends_the_others():
+    def run(number: int) -> None:
+        if number == 10:
+            raise ZeroDivisionError("for the test")
+
+    with pytest.raises(ZeroDivisionError, match="for the test"):
+        measure(Threads(run), MODEL, Options(), BATCHES, sampling(samples=1 << 40, at_most=1 << 40, concurrency=3))
+
+
+# Switches and memory.
+
+OTHER = Model("h06-fp32", Path("h06-fp32.onnx"), 1, (3, 4, 4), 10)
+
+
+def test_a_switch_is_the_first_call_after_one_of_the_other_model():
+    """The other model's calls take 100 ticks, which are no switch."""
+    clock = VirtualClock()
+    ticks = {MODEL.name: count(1), OTHER.name: repeat(100)}
+    runner = Witness(clock, lambda model: (tick * TICK for tick in ticks[model.name]))
+    how = sampling(samples=5, switches=3)
+    found = measure(runner, MODEL, Options(), BATCHES, how, clock, clock.sleep, other=OTHER)
+    assert found.latency_s == tuple(tick * TICK for tick in range(2, 7))
+    assert found.switch_s == (7 * TICK, 8 * TICK, 9 * TICK)
+    assert runner.seen[8:] == ["h06-fp32", 0, 2, 0, 3, 0, 0, "closed", "closed"]
+
+
+@pytest.mark.parametrize(("other", "switches"), [(None, 3), (OTHER, 0)])
+def test_without_another_model_or_when_not_asked_for_no_switch_is_measured(other, switches):
+    clock = VirtualClock()
+    runner = Witness(clock, lambda _: repeat(TICK))
+    how = sampling(samples=5, switches=switches)
+    assert measure(runner, MODEL, Options(), BATCHES, how, clock, clock.sleep, other=other).switch_s == ()
+    assert "h06-fp32" not in runner.seen
+
+
+@pytest.mark.parametrize("batch", [3, "dynamic"])
+def test_the_other_model_gets_batches_of_its_own_size(batch):
+    shapes = []
+
+    class Shapes(NullSession):
+        def run(self, images: np.ndarray) -> np.ndarray:
+            shapes.append(images.shape)
+            return super().run(images)
+
+    class Runner(Null):
+        def open(self, model: Model, options: Options) -> NullSession:
+            return Shapes(self.clock, 10, self.latencies(model))
+
+    clock, other = VirtualClock(), Model("h06-fp32", Path("h06-fp32.onnx"), batch, (3, 4, 4), 10)
+    runner = Runner(clock, lambda _: repeat(TICK))
+    measure(runner, MODEL, Options(), BATCHES, sampling(switches=1), clock, clock.sleep, other=other)
+    assert shapes[-2:] == [(3 if batch == 3 else 1, 3, 4, 4), (1, 3, 4, 4)]
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Name:\tpython\nVmPeak:\t  900 kB\nVmHWM:\t    2096 kB\nVmRSS:\t 1000 kB\n", 2096 * 1024),
-        ("Name:\tVmHWM:\nVmRSS:\t 1000 kB\n", None),
-        ("", None),
-        (None, None),
-    ],
+    ("told", "expected"), [([100, 350], 250), ([None, 350], None), ([100, None], None), ([7, 7], 0)]
 )
-def test_the_peak_is_read_where_the_kernel_tells_it(tmp_path, text, expected):
-    if text is not None:
-        (tmp_path / "status").write_text(text)
-    assert peak_bytes(tmp_path / "status") == expected
+def test_memory_is_what_is_occupied_after_sampling_beyond_what_was_before_opening(told, expected):
+    clock, answers = VirtualClock(), iter(told)
+    runner = Witness(clock, lambda _: repeat(TICK))
+
+    def occupied() -> int | None:
+        runner.seen.append("memory")
+        return next(answers)
+
+    how = sampling(samples=2, switches=1)
+    found = measure(runner, MODEL, Options(), BATCHES, how, clock, clock.sleep, other=OTHER, occupied_bytes=occupied)
+    assert found.memory_bytes == expected
+    assert runner.seen[:2] == ["prepare", "memory"]
+    assert runner.seen[3:8] == [0, 1, 2, "memory", "h06-fp32"], "the other model does not count"
 
 
-def test_the_peak_survives_a_process_name_that_is_no_text(tmp_path):
-    (tmp_path / "status").write_bytes(b"Name:\t\xff\xfe\nVmHWM:\t 8 kB\n")
-    assert peak_bytes(tmp_path / "status") == 8192
+# Until the device is as warm as it gets.
+
+
+def heating(seconds: float, call: float = 1 / 16) -> Iterator[float]:
+    """Calls get slower by half for so many seconds."""
+    now = 0.0
+    while True:
+        taken = call * (1 + 0.5 * min(1.0, now / seconds))
+        yield taken
+        now += taken
+
+
+SUSTAIN = {"samples": 10, "seconds": 30.0, "at_most": 50, "sustain": True}
+
+
+def test_a_sustained_run_has_the_burst_and_goes_on_until_calls_get_no_slower():
+    found = endless(heating(300.0), sampling(**SUSTAIN, settle_s=3600.0))
+    assert found.latency_s[0] < 1.01 / 16
+    start = found.settled_from
+    assert start is not None
+    settled = found.latency_s[start:]
+    assert max(settled) <= 1.03 * min(settled), "medians of windows are within 1.02"
+    assert sum(settled) >= 60
+    assert 300 <= found.ended_s - found.started_s < 300 + 4 * 20 + 1
+    assert found.latency_s[-1] == 1.5 / 16
+
+
+def test_temperatures_that_still_rise_keep_a_sustained_run_going():
+    asked = []
+
+    def settled() -> bool:
+        asked.append(None)
+        return len(asked) > 1000
+
+    found = endless(repeat(1 / 16), sampling(**SUSTAIN, settle_s=3600.0), settled=settled)
+    took = found.ended_s - found.started_s
+    assert took > 1000 * 0.25, "it asks a few times a second"
+    assert found.settled_from is not None
+    assert sum(found.latency_s[found.settled_from :]) < 3 * 20 + 20 + 1, "the last three windows"
+
+
+@pytest.mark.parametrize(
+    ("latencies", "settled"),
+    [(lambda: heating(500.0), True), (lambda: repeat(1 / 16), False)],
+    ids=["calls get slower", "temperatures rise"],
+)
+def test_a_sustained_run_that_never_settles_is_bounded_and_told(latencies, settled):
+    found = endless(latencies(), sampling(**SUSTAIN, settle_s=400.0), settled=lambda: settled)
+    assert found.settled_from is None
+    assert 400 <= found.ended_s - found.started_s < 401
+    assert sum(found.latency_s) == pytest.approx(400, abs=1), "every sample is kept"
+
+
+def test_a_sustained_run_lasts_at_least_its_seconds_and_three_windows():
+    for seconds, least in ((30.0, 60), (500.0, 500)):
+        how = sampling(**(SUSTAIN | {"seconds": seconds}), settle_s=3600.0)
+        found = endless(repeat(1 / 16), how)
+        assert least <= found.ended_s - found.started_s < least + 2
+        assert found.settled_from is not None
+
+
+def test_windows_of_very_slow_calls_have_calls_enough_to_speak_of_a_median():
+    found = endless(repeat(30.0), sampling(**(SUSTAIN | {"samples": 1}), settle_s=3600.0))
+    assert (len(found.latency_s), found.settled_from) == (15, 0)
+
+
+def test_a_sustained_run_does_not_warm_the_device_up_beforehand():
+    """Though calls are not steady."""
+    found = endless(heating(300.0), sampling(**SUSTAIN, warmup=35, settle_s=3600.0))
+    assert found.warmup == 35
+
+
+def test_a_sustained_run_on_a_schedule_keeps_to_it():
+    found = endless(repeat(1 / 64), sampling(**SUSTAIN, settle_s=3600.0, pace_hz=8.0))
+    assert found.settled_from is not None
+    assert set(found.latency_s) == {1 / 64}
+    assert len(found.latency_s) == pytest.approx(60 * 8, abs=10)

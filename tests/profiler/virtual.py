@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
+from zlib import crc32
 
 import msgspec
 import numpy as np
+from scipy.special import ndtr, ndtri
 
 from hydradeploy.backends import Options
 from hydradeploy.backends.null import Null, VirtualClock
@@ -83,14 +86,93 @@ class Launch:
     requests: list[Request] = field(default_factory=list)
     answers: list[Measured] = field(default_factory=list)
 
-    def __call__(self, request: Request) -> Measured:
+    def __call__(
+        self,
+        request: Request,
+        *,
+        patience_s: float = 3600.0,
+        settled: Callable[[], bool] | None = None,
+        on_start: Callable[[int], None] | None = None,
+    ) -> Measured:
         self.requests.append(request)
+        if on_start is not None:
+            on_start(os.getpid())
         clock = VirtualClock()
-        runner = Null(clock, lambda _: iter(self.latencies(request)), load_s=0.125)
-        batches = np.load(request.batches)
-        self.answers.append(measure(runner, request.model, Options(request.threads), batches, request.sampling, clock))
-        return self.answers[-1]
+        answer = measure(
+            Null(clock, lambda _: iter(self.latencies(request)), load_s=0.125),
+            request.model,
+            Options(request.threads),
+            np.load(request.batches),
+            request.sampling,
+            clock,
+            clock.sleep,
+            other=request.other.model if request.other is not None else None,
+            settled=settled or (lambda: True),
+        )
+        self.answers.append(answer)
+        return answer
 
     @property
     def names(self) -> list[str]:
         return [request.name for request in self.requests]
+
+
+@dataclass(frozen=True)
+class Law:
+    """How long calls take, in seconds, of a distribution known by its quantile function.
+
+    That is the one of any call of a fresh process. Calls of one process follow each other as a Gaussian AR(1) process
+    of `phi` does; `share` of the variance, before it becomes latencies, is between processes.
+    """
+
+    name: str
+    ppf: Callable[[np.ndarray], np.ndarray]
+    phi: float = 0.0
+    share: float = 0.0
+
+    def __str__(self) -> str:
+        return self.name
+
+    def sample(self, number: int) -> Iterator[float]:
+        """The calls of process `number`, without end; the same each time."""
+        generator = np.random.default_rng([crc32(self.name.encode()), number])
+        level, z = generator.standard_normal(2)
+        while True:
+            noise = generator.standard_normal(512) * (1 - self.phi**2) ** 0.5
+            for i in range(len(noise)):
+                noise[i] = z = self.phi * z + noise[i]
+            yield from self.ppf(ndtr(self.share**0.5 * level + (1 - self.share) ** 0.5 * noise)).tolist()
+
+    @property
+    def median(self) -> float:
+        return self.quantile(0.5)
+
+    def quantile(self, level: float) -> float:
+        return float(self.ppf(np.float64(level)))
+
+
+def log_normal(u: np.ndarray, sigma: float = 0.05) -> np.ndarray:
+    """Around 20 ms."""
+    return 0.02 * np.exp(sigma * ndtri(u))
+
+
+def exponential_tail(u: np.ndarray) -> np.ndarray:
+    """20 ms and more, 4 ms more in the mean."""
+    return 0.02 - 0.004 * np.log1p(-u)
+
+
+def spikes(u: np.ndarray) -> np.ndarray:
+    """One of fifty takes three times as long or more."""
+    rest = 0.98
+    spike = 3 - np.log1p(-np.clip((u - rest) / (1 - rest), 0, 1 - 1e-12))
+    return np.where(u < rest, log_normal(np.minimum(u / rest, 1 - 1e-12)), 0.02 * spike)
+
+
+LAWS = (
+    Law("log-normal", log_normal),
+    Law("exponential tail", exponential_tail),
+    Law("spikes", spikes),
+    Law("autocorrelated", log_normal, phi=0.7),
+    Law("processes differ", lambda u: log_normal(u, 0.11), share=0.8),
+    Law("autocorrelated tail, processes differ", exponential_tail, phi=0.5, share=0.3),
+)

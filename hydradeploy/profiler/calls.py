@@ -1,0 +1,143 @@
+"""How calls of a session arrive, and how long each takes.
+
+Back to back (closed loop): a call starts when the one before is done.
+
+From several callers at once: each is such a loop, all on one session, as servers do it. Throughput is then callers over
+mean latency (Little's law). No caller stops before the last call that counts is done, so all of them ran in company.
+
+On a schedule (open loop): call i is due at start + i / pace and its latency counts from then, also where it has to wait
+for the one before (no coordinated omission). No call is left out. Until it is due the caller sleeps, so clocks fall and
+cores doze off as they do between the frames of a camera, and how late the kernel wakes it counts as it does there.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydradeploy.backends import Session
+
+Clock = Callable[[], float]
+Sleep = Callable[[float], None]
+
+
+@dataclass
+class Calls:
+    """Calls in order of completion: seconds since each was due, and since it began.
+
+    `begun` counts those that are or will be among them, `late_s` is how long after it was due the last one began.
+    """
+
+    started_s: float
+    ended_s: float
+    latency_s: array[float] = field(default_factory=lambda: array("d"))
+    service_s: array[float] = field(default_factory=lambda: array("d"))
+    begun: int = 0
+    late_s: float = 0.0
+
+    def add(self, due: float, began: float, ended: float) -> None:
+        self.latency_s.append(ended - due)
+        self.service_s.append(ended - began)
+        self.late_s = began - due
+        self.ended_s = max(self.ended_s, ended)
+
+
+GoesOn = Callable[[Calls], bool]
+
+
+@dataclass
+class Caller:
+    """Calls a session with the batches (b, n, channels, s, s) in turn, `concurrency` times at once."""
+
+    session: Session
+    batches: NDArray[np.float32]
+    clock: Clock
+    sleep: Sleep
+    pace_hz: float | None = None
+    concurrency: int = 1
+    _number: int = 0
+
+    def once(self) -> float:
+        """Call once; the seconds it took."""
+        batch, run = self._next(), self.session.run
+        began = self.clock()
+        run(batch)
+        return self.clock() - began
+
+    def call(self, goes_on: GoesOn) -> Calls:
+        """Call for as long as `goes_on`, which is asked before each call and by one caller at a time.
+
+        The first call on a schedule is due a period from now. Raises what the session raises.
+        """
+        start = self.clock() + (1 / self.pace_hz if self.pace_hz is not None else 0.0)
+        run = _Run(self, goes_on, Calls(start, start))
+        if self.concurrency == 1:
+            run.loop()
+            return run.calls
+        # Daemons: no caller keeps a process that is told to end.
+        threads = [threading.Thread(target=run.guarded_loop, daemon=True) for _ in range(self.concurrency)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if run.error is not None:
+            raise run.error
+        return run.calls
+
+    def _next(self) -> NDArray[np.float32]:
+        batch: NDArray[np.float32] = self.batches[self._number % len(self.batches)]
+        self._number += 1
+        return batch
+
+
+@dataclass
+class _Run:
+    """What the callers of one run share."""
+
+    caller: Caller
+    goes_on: GoesOn
+    calls: Calls
+    enough: bool = False
+    error: BaseException | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def guarded_loop(self) -> None:
+        try:
+            self.loop()
+        except BaseException as error:
+            self.error = error
+
+    def loop(self) -> None:
+        """What one caller does; nothing but the call itself is between the two looks at the clock."""
+        clock, run, pace, calls = self.caller.clock, self.caller.session.run, self.caller.pace_hz, self.calls
+        while True:
+            with self.lock:
+                self.enough = self.enough or not self.goes_on(calls)
+                if self._over():
+                    return
+                counts, place, batch = not self.enough, calls.begun, self.caller._next()
+                calls.begun += counts
+            due = None if pace is None else calls.started_s + place / pace
+            if due is not None:
+                self._wait(due)
+            began = clock()
+            run(batch)
+            ended = clock()
+            if counts:
+                with self.lock:
+                    calls.add(began if due is None else due, began, ended)
+
+    def _over(self) -> bool:
+        """Whether nothing that counts would miss this caller's company."""
+        alone = self.caller.pace_hz is not None or len(self.calls.latency_s) == self.calls.begun
+        return self.error is not None or (self.enough and alone)
+
+    def _wait(self, due: float) -> None:
+        # Not spinning, which would keep clocks up. A sleep may be too short by what its clock rounds.
+        while (left := due - self.caller.clock()) > 0:
+            self.caller.sleep(left)
