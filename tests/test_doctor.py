@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import types
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +21,7 @@ from hydradeploy.devices.reading import Reading
 from hydradeploy.doctor import Diagnosis, diagnose, lines, load
 from hydradeploy.doctor.patient import Row
 from hydradeploy.errors import ExitCode, MissingError, UsageError
-from hydradeploy.measurements import Conditions, Device
+from hydradeploy.measurements import Cell, Conditions, Device, Profile, add_profile
 from hydradeploy.profiler import flags
 
 AREAS = ("package", "backends", "device", "sensors", "rights", "clocks", "cores", "load", "disk", "profiles")
@@ -42,13 +43,19 @@ class Toy:
     kind: str = "cpu"
     processors: tuple[str, ...] = ("cpu",)
     now_s: float = 1000.0
+    cores_told: int = 4
 
     def why_not(self) -> str | None:
         return None
 
     def identity(self) -> Device:
         return Device(
-            kind=self.kind, name="Toy", architecture="x", instruction_set="x-y", cores=4, memory_bytes=4 << 30
+            kind=self.kind,
+            name="Toy",
+            architecture="x",
+            instruction_set="x-y",
+            cores=self.cores_told,
+            memory_bytes=4 << 30,
         )
 
     def conditions(self, software: Mapping[str, str]) -> Conditions:
@@ -140,15 +147,19 @@ QUIET = {"proc/meminfo": MEMINFO, "proc/loadavg": "0.05 0.1 0.2 1/100 7\n", "pro
 def look(tmp_path, backends):
     """diagnose on a toy, with a quiet system around it."""
 
-    def diagnosed(here: Toy | None = None, files: Mapping[str, str] = QUIET, free: int = 50 * GB, **more) -> Diagnosis:
+    def diagnosed(
+        here: Toy | None = None,
+        files: Mapping[str, str] = QUIET,
+        free: int = 50 * GB,
+        rest=lambda seconds: None,
+    ) -> Diagnosis:
         (tmp_path / "profiles").mkdir(exist_ok=True)
         return diagnose(
             tmp_path / "profiles",
             here=here or Toy(counters={"busy_s": 0.0}),
             root=tree(tmp_path / "root", files),
             free_bytes=lambda path: free,
-            rest=lambda seconds: None,
-            **more,
+            rest=rest,
         )
 
     return diagnosed
@@ -317,6 +328,26 @@ def test_a_directory_of_profiles_that_is_not_there_yet_is_fine_and_is_not_made(t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_whole_profiles_are_counted(look, tmp_path):
+    cell = Cell(
+        artifact="h03-fp32",
+        graph_sha256="0" * 64,
+        backend="toy",
+        processor="cpu",
+        compute_type="fp32",
+        input="float32",
+        batch=1,
+        threads=1,
+        regime="saturated",
+        measured_at="2026-01-01T00:00:00Z",
+        latency_s=(0.001,),
+        process=(0,),
+    )
+    here = Toy()
+    add_profile(tmp_path / "profiles", Profile(device=here.identity(), conditions=here.conditions({}), cells=(cell,)))
+    assert row(look(), "profiles", "whole ones").found == f"1 in {tmp_path / 'profiles'}"
+
+
 def test_profiles_cannot_be_kept_in_a_file(tmp_path):
     (tmp_path / "profiles").write_text("")
     found = diagnose(tmp_path / "profiles", here=Toy(), rest=lambda seconds: None)
@@ -352,6 +383,24 @@ def test_a_directory_that_cannot_be_written_is_wrong(look, monkeypatch):
 )
 def test_what_others_do_is_a_remark_from_where_cells_are_flagged(look, counter, rise, name, status):
     assert row(look(Toy(rises={counter: rise})), "load", name).status == status
+
+
+def test_what_this_process_does_itself_is_not_others_work(look):
+    def work(seconds: float) -> None:
+        until = time.process_time() + 0.2
+        while time.process_time() < until:
+            pass
+
+    assert row(look(Toy(rises={"busy_s": 0.25})), "load", "others").status == "remark"
+    assert row(look(Toy(rises={"busy_s": 0.25}), rest=work), "load", "others").status == "ok"
+
+
+@pytest.mark.parametrize("told", [4, 0])
+@pytest.mark.parametrize(("average", "status"), [("3.90", "ok"), ("4.10", "remark")])
+def test_a_load_beyond_the_cores_is_a_remark(look, told, average, status):
+    """Where the machine does not tell how many there are, those of this process count."""
+    files = {**QUIET, "proc/loadavg": f"{average} 1 1 1/100 7\n"}
+    assert row(look(Toy(cores_told=told), files), "load", "average").status == status
 
 
 @pytest.mark.parametrize(
@@ -484,6 +533,20 @@ def test_floating_clocks_are_a_remark_with_what_pins_them(look, kind, command):
     found = row(look(Toy(kind=kind, clocks="floating")), "clocks", "clocks")
     assert found.status == "remark"
     assert command in (found.fix or "")
+
+
+@pytest.mark.parametrize(
+    ("here", "status"),
+    [
+        (Toy(governor="schedutil", clocks="pinned"), "ok"),
+        (Toy(governor="schedutil", clocks="floating"), "remark"),
+        (Toy(governor="performance", clocks="floating"), "ok"),
+        (Toy(governor="schedutil", clocks="floating", kind="jetson"), "ok"),
+        (Toy(governor=None, clocks=None), "ok"),
+    ],
+)
+def test_a_governor_matters_where_nothing_else_pins_the_clocks(look, here, status):
+    assert row(look(here), "clocks", "governor").status == status
 
 
 def test_clocks_that_cannot_be_read_are_a_remark_without_a_fix(look):
