@@ -16,6 +16,7 @@ import pytest
 
 from hydradeploy.backends import BACKEND_MODULES
 from hydradeploy.devices import DEVICE_MODULES
+from hydradeploy.devices.cuda import Cuda
 from hydradeploy.devices.jetson import Jetson
 from hydradeploy.devices.reading import Reading
 from hydradeploy.doctor import Diagnosis, diagnose, lines, load
@@ -44,6 +45,8 @@ class Toy:
     processors: tuple[str, ...] = ("cpu",)
     now_s: float = 1000.0
     cores_told: int = 4
+    memory_told: int = 4 << 30
+    threads: int = 4
 
     def why_not(self) -> str | None:
         return None
@@ -55,7 +58,7 @@ class Toy:
             architecture="x",
             instruction_set="x-y",
             cores=self.cores_told,
-            memory_bytes=4 << 30,
+            memory_bytes=self.memory_told,
         )
 
     def conditions(self, software: Mapping[str, str]) -> Conditions:
@@ -70,7 +73,7 @@ class Toy:
         )
 
     def cores(self) -> int:
-        return 4
+        return self.threads
 
     def read(self, at_s: float, ours=()) -> Reading:
         self.now_s += 0.5
@@ -140,7 +143,8 @@ def tree(root: Path, files: Mapping[str, str]) -> Path:
 
 
 MEMINFO = "MemTotal: 8000000 kB\nMemAvailable: 4000000 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n"
-QUIET = {"proc/meminfo": MEMINFO, "proc/loadavg": "0.05 0.1 0.2 1/100 7\n", "proc/cpuinfo": "flags\t\t: fpu avx2\n"}
+CPUINFO = "".join(f"processor\t: {number}\nflags\t\t: fpu avx2\n\n" for number in range(4))
+QUIET = {"proc/meminfo": MEMINFO, "proc/loadavg": "0.05 0.1 0.2 1/100 7\n", "proc/cpuinfo": CPUINFO}
 
 
 @pytest.fixture
@@ -293,11 +297,19 @@ def test_a_device_that_is_not_here_is_wrong_and_the_rest_is_about_what_is(tmp_pa
     asked = row(found, "device", "asked for")
     assert asked.status == "wrong"
     assert "no /etc/board_release" in asked.found
+    assert (asked.fix or "").startswith(f"hydradeploy profile --device {found.device}, ")
     assert found.device != "board"
     assert found.exit_code is ExitCode.MISSING
     unasked = diagnose(tmp_path, rest=lambda seconds: None)
     assert row(unasked, "device", "board") == Row("device", "board", "ok", "no: no /etc/board_release")
     assert unasked.exit_code is ExitCode.OK
+
+
+def test_a_gpu_whose_library_is_not_installed_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr("hydradeploy.devices.cuda.MACHINE", Cuda())
+    asked = row(diagnose(tmp_path, device="cuda", rest=lambda seconds: None), "device", "asked for")
+    assert (asked.status, asked.fix) == ("wrong", "pip install 'hydradeploy[cuda]'")
 
 
 def test_an_unknown_kind_of_device_is_a_mistake_of_the_caller(tmp_path):
@@ -395,12 +407,27 @@ def test_what_this_process_does_itself_is_not_others_work(look):
     assert row(look(Toy(rises={"busy_s": 0.25}), rest=work), "load", "others").status == "ok"
 
 
-@pytest.mark.parametrize("told", [4, 0])
+@pytest.mark.parametrize(
+    ("here", "cpuinfo"),
+    [
+        (Toy(threads=2), CPUINFO),
+        (Toy(threads=2, kind="cuda", cores_told=16896), CPUINFO),
+        (Toy(cores_told=0), "no processor is listed\n"),
+    ],
+)
 @pytest.mark.parametrize(("average", "status"), [("3.90", "ok"), ("4.10", "remark")])
-def test_a_load_beyond_the_cores_is_a_remark(look, told, average, status):
-    """Where the machine does not tell how many there are, those of this process count."""
-    files = {**QUIET, "proc/loadavg": f"{average} 1 1 1/100 7\n"}
-    assert row(look(Toy(cores_told=told), files), "load", "average").status == status
+def test_a_load_beyond_the_four_cores_of_the_host_is_a_remark(look, here, cpuinfo, average, status):
+    files = {**QUIET, "proc/loadavg": f"{average} 1 1 1/100 7\n", "proc/cpuinfo": cpuinfo}
+    assert row(look(here, files), "load", "average").status == status
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory", "found"),
+    [(16896, 80 << 30, "cuda: Toy, x-y, 16896 cores, 80.0 GiB"), (0, 0, "cuda: Toy, x-y")],
+)
+def test_a_device_that_does_not_tell_its_size_is_not_of_size_0(look, cores, memory, found):
+    here = Toy(kind="cuda", cores_told=cores, memory_told=memory)
+    assert row(look(here), "device", "profile takes").found == found
 
 
 @pytest.mark.parametrize(

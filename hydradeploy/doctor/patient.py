@@ -60,10 +60,11 @@ class Patient:
     def missing(self) -> Mapping[str, str]:
         return self.here.missing()
 
-    @property
+    @cached_property
     def cores(self) -> int:
-        """Logical ones of the machine; those of this process where it does not tell."""
-        return self.device.cores or self.here.cores()
+        """Logical ones of the host that are on, as a GPU has others; those of this process where none is told."""
+        told = (self.tree.text("proc/cpuinfo") or "").splitlines()
+        return sum(line.startswith("processor\t") for line in told) or self.here.cores()
 
     @property
     def is_root(self) -> bool:

@@ -18,6 +18,7 @@ _NAMES = {
     "busy_s": "processor time",
     "cgroup_throttled": "stops by a quota",
     "cgroup_throttled_s": "stopped by a quota",
+    "gpu_bytes": "memory on the GPU",
     "steal_s": "stolen time",
 }
 # As reading.Tree says it; with the file before it, or behind it in parentheses.

@@ -43,8 +43,12 @@ def kinds(patient: Patient) -> Iterator[Row]:
 def device(patient: Patient) -> Iterator[Row]:
     """The one that `profile` takes."""
     if patient.refused is not None:
-        yield Row("device", "asked for", "wrong", patient.refused, f"what follows is about {patient.here.kind}")
+        fix = f"hydradeploy profile --device {patient.here.kind}, which this machine is and the other rows are about"
+        if "nvidia-ml-py" in patient.refused:
+            fix = "pip install 'hydradeploy[cuda]'"
+        yield Row("device", "asked for", "wrong", patient.refused, fix)
         return
     who = patient.device
-    found = f"{who.kind}: {who.name}, {who.instruction_set}, {patient.cores} cores, {show_bytes(who.memory_bytes)}"
+    size = [f"{who.cores} cores"] * (who.cores > 0) + [show_bytes(who.memory_bytes)] * (who.memory_bytes > 0)
+    found = f"{who.kind}: {', '.join([who.name, who.instruction_set, *size])}"
     yield Row("device", "profile takes", "ok", found)
