@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import time
@@ -338,6 +339,20 @@ def test_a_directory_of_profiles_that_is_not_there_yet_is_fine_and_is_not_made(t
     assert row(found, "disk", "profiles").status == "ok"
     assert row(found, "profiles", "whole ones").found.startswith("0 in ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_goes_on_is_told_from_one_that_was_cut_short(look, tmp_path):
+    (tmp_path / "profiles").mkdir()
+    journal = tmp_path / "profiles" / "orin.jsonl"
+    journal.write_text('{"schema":1}\n{"round":0}\n{"round":1}\n{"roun')
+    cut = row(look(), "profiles", "orin.jsonl")
+    assert cut.found == "2 measurements of a run that was cut short; repeat its command to go on"
+    assert cut.fix == f"hydradeploy profile --resume --profiles {tmp_path / 'profiles'}"
+    with journal.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        going = row(look(), "profiles", "orin.jsonl")
+    assert going.found == "a run goes on, 2 measurements so far"
+    assert "--resume" not in (going.fix or "")
 
 
 def test_whole_profiles_are_counted(look, tmp_path):

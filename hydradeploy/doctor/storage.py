@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shlex
 import tempfile
 from collections.abc import Iterator
@@ -36,10 +37,15 @@ def memory(patient: Patient) -> Iterator[Row]:
 
 
 def journals(patient: Patient) -> Iterator[Row]:
-    """Runs that were cut short."""
+    """Runs that go on, or were cut short; the profiler holds a lock on the journal of one that goes on."""
     for path in sorted(patient.profiles.glob("*.jsonl")):
-        fix = f"hydradeploy profile --resume --profiles {shlex.quote(str(patient.profiles))}"
-        yield Row("profiles", path.name, "remark", "the journal of a run that was interrupted or still goes on", fix)
+        kept = max(0, path.read_bytes().count(b"\n") - 1)  # the first line says what the run is
+        if _is_locked(path):
+            found, fix = f"a run goes on, {kept} measurements so far", "wait for it: two would disturb each other"
+        else:
+            found = f"{kept} measurements of a run that was cut short; repeat its command to go on"
+            fix = f"hydradeploy profile --resume --profiles {shlex.quote(str(patient.profiles))}"
+        yield Row("profiles", path.name, "remark", found, fix)
 
 
 def stored(patient: Patient) -> Iterator[Row]:
@@ -53,6 +59,15 @@ def stored(patient: Patient) -> Iterator[Row]:
             fix = f"mv {shlex.quote(str(path))} {shlex.quote(str(path))}.damaged"
             yield Row("profiles", path.name, "wrong", said(error), fix)
     yield Row("profiles", "whole ones", "ok", f"{whole} in {patient.profiles}")
+
+
+def _is_locked(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _disk(patient: Patient, name: str, directory: Path) -> Row:
