@@ -29,7 +29,7 @@ _RELEASE = "etc/nv_tegra_release"
 _MODEL = "proc/device-tree/model"
 _L4T = re.compile(r"# R([0-9]+) \(release\), REVISION: ([0-9]+(?:\.[0-9]+)*)")
 _MODULE = re.compile(r"\bJetson\b|\bNVIDIA\b.*\b(Nano|TX[12]|Xavier|Orin|Thor)\b", re.IGNORECASE)
-_MODE = re.compile(r"^NV Power Mode:[ \t]*(\S[^\r\n]*?)[ \t]*$", re.MULTILINE)
+_MODE = re.compile(r"^NV Power Mode:[ \t]*(\S[^\r\n]*?)[ \t\r]*$", re.MULTILINE)
 _ARCHITECTURE = "aarch64"
 _HINT = "run as root, as in sudo -E, or leave pinning out: the cells then say that clocks float"
 

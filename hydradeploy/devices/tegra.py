@@ -88,14 +88,16 @@ class Located(NamedTuple):
 
 @dataclass
 class Sensors:
-    """All of them. They are looked for once, and again where one has gone that had answered."""
+    """All of them. They are looked for once, and again for as long as one is gone that had answered."""
 
     tree: Tree
     _answered: set[str] = field(default_factory=set)
+    _lost: bool = False
     _total: Total | None = None
 
     def gauges(self) -> dict[str, float]:
         """`power_w.RAIL` and all of it, `power_w`; `load.gpu`, `clock_hz.*` and `pinned_hz.gpu`, `throttling.*`."""
+        self._look_again()
         rails = self._values(self._located.rails)
         found = rails | self._values(self._located.gauges) | self._pinned_hz
         total = self._trusted(rails)
@@ -158,10 +160,14 @@ class Sensors:
             if value is not None:
                 found[sensor.name] = value
             elif sensor.name in self._answered and not all(os.path.exists(file) for file in sensor.files):
-                self._answered.discard(sensor.name)
-                self.__dict__.pop("_located", None)
+                self._lost = True
         self._answered.update(found)
         return found
+
+    def _look_again(self) -> None:
+        if self._lost:
+            self.__dict__.pop("_located", None)
+            self._lost = not self._answered.issubset(sensor.name for sensor in self._located.all)
 
     def _trusted(self, rails: dict[str, float]) -> Total | None:
         """The first total that was complete once: afterwards a rail that fails makes no other total of it."""
