@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from hydradeploy.measurements import Cell
 from hydradeploy.selector.answer import Answer, Picked
 from hydradeploy.selector.budget import percentile_name
+from hydradeploy.selector.regime import SATURATED
 from hydradeploy.stats.basics import median
 from hydradeploy.stats.latency import bounds
 from hydradeploy.units import show_bytes, show_percent, show_seconds, show_threads
@@ -64,9 +65,10 @@ def sentence(cell: Picked) -> str:
     """A cell with its evidence."""
     latency, accuracy = cell.latency_s, cell.accuracy
     assumed = f"assuming {latency.assumes}, " if latency.assumes else ""
+    regime = () if cell.regime == SATURATED else (cell.regime,)
+    how = ", ".join((cell.backend, show_threads(cell.threads), *regime, *cell.flags))
     parts = [
-        f"{cell.artifact} ({cell.backend}, {show_threads(cell.threads)}): {_latency(cell)}"
-        f" ({assumed}{latency.n} samples worth {latency.n_effective:.0f})"
+        f"{cell.artifact} ({how}): {_latency(cell)} ({assumed}{latency.n} samples worth {latency.n_effective:.0f})"
     ]
     if accuracy is not None:
         interval = f"{show_percent(accuracy.lower)} .. {show_percent(accuracy.upper)}"
@@ -75,6 +77,8 @@ def sentence(cell: Picked) -> str:
         parts.append(f"top-1 {show_percent(accuracy.top1)} ({interval}, {images})")
     if cell.memory_bytes is not None:
         parts.append(f"memory {show_bytes(cell.memory_bytes)}")
+    if cell.energy_j is not None:
+        parts.append(f"{cell.energy_j:.3g} J per image")
     return ", ".join([*parts, f"size {show_bytes(cell.size_bytes)}"])
 
 

@@ -11,7 +11,7 @@ import msgspec
 from hydradeploy.measurements import Conditions, Stored
 from hydradeploy.selector.budget import Budget
 from hydradeploy.selector.choose import Choice, Rules, choose, meets
-from hydradeploy.selector.judge import INVALID_FLAGS, Candidate
+from hydradeploy.selector.judge import INVALID_FLAGS, Candidate, said_of
 from hydradeploy.stats.latency import mean_bounds
 from hydradeploy.units import show_bytes, show_percent, show_seconds, show_threads
 
@@ -83,7 +83,7 @@ def notes(
             )
             yield f"accuracy was measured with {accuracy}, latency with {latency}"
     for flag in chosen.cell.flags:
-        yield f"measured while {flag}"
+        yield from said_of(chosen.cell, flag)
     if needs_accuracy and any(candidate.accuracy is None for candidate in found):
         yield "some cells have no accuracy and were left out"
 
@@ -120,7 +120,7 @@ def _short(show: Callable[[float], str], need: float) -> str:
 
 def _rate(candidate: Candidate, confidence: float) -> float | None:
     found = mean_bounds(candidate.cell.latency_s, candidate.cell.process, confidence)
-    return None if found is None else -candidate.cell.batch / found[1]
+    return None if found is None else -candidate.in_flight / found[1]
 
 
 _LIMITS: tuple[tuple[str, Callable[[Candidate, float], float | None], Callable[[float], str]], ...] = (

@@ -45,7 +45,11 @@ class Accuracy(Record, frozen=True, kw_only=True):
 
 
 class Picked(Record, frozen=True, kw_only=True):
-    """One cell with its evidence. `file` is the graph to load, relative to the bundle."""
+    """One cell with its evidence.
+
+    `file` is the graph to load, relative to the bundle; `regime` how calls arrived when it was measured, `flags` what
+    was wrong then.
+    """
 
     artifact: str
     heads: int
@@ -53,6 +57,7 @@ class Picked(Record, frozen=True, kw_only=True):
     backend: str
     batch: int
     threads: int
+    regime: str
     file: str
     sha256: str
     latency_s: Latency
@@ -60,6 +65,7 @@ class Picked(Record, frozen=True, kw_only=True):
     memory_bytes: int | None
     size_bytes: int
     energy_j: float | None
+    flags: tuple[str, ...]
 
 
 class Rejected(Record, frozen=True, kw_only=True):
@@ -107,6 +113,7 @@ def picked(candidate: Candidate, budget: Budget, level: float) -> Picked:
         backend=cell.backend,
         batch=cell.batch,
         threads=cell.threads,
+        regime=cell.regime,
         file=artifact.graphs.get("ort") or next(iter(artifact.graphs.values())),
         sha256=artifact.sha256,
         latency_s=_latency(candidate, level, budget.confidence),
@@ -114,6 +121,7 @@ def picked(candidate: Candidate, budget: Budget, level: float) -> Picked:
         memory_bytes=cell.memory_bytes,
         size_bytes=artifact.size_bytes,
         energy_j=cell.energy_j,
+        flags=cell.flags,
     )
 
 

@@ -168,7 +168,7 @@ def _excess(budget: Budget) -> Callable[[Candidate], float]:
         yield candidate.cell.energy_j, budget.energy_j
         yield candidate.artifact.size_bytes, budget.size_bytes
         if budget.throughput_per_s is not None:
-            yield budget.throughput_per_s * candidate.mean_s, candidate.cell.batch
+            yield budget.throughput_per_s * candidate.mean_s, candidate.in_flight
         if budget.min_top1 is not None:
             yield 1 - (candidate.accuracy.lower if candidate.accuracy else 0.0), 1 - budget.min_top1
 

@@ -6,13 +6,46 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hydradeploy.bundle import AccuracyRow, Artifact
-from hydradeploy.errors import ForeignError, UsageError
-from hydradeploy.measurements import Cell, Device, Profile, Stored, read_profiles
+from hydradeploy.devices import Machine, machine
+from hydradeploy.errors import ForeignError, MissingError, UsageError
+from hydradeploy.measurements import Cell, Conditions, Device, Profile, Stored, read_profiles
 from hydradeploy.selector.judge import Candidate
+from hydradeploy.selector.regime import SATURATED, how_to_measure
 
 
-def candidates(artifacts: Sequence[Artifact], rows: Sequence[AccuracyRow], profile: Profile) -> tuple[Candidate, ...]:
-    """Each cell of the profile that measured a graph of one of the artifacts, with that artifact's accuracy.
+class Here:
+    """This machine as every kind of device that a profile is of: a GPU's driver is asked only where one needs it."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[Machine, Device] | str] = {}
+
+    def differences(self, device: Device) -> tuple[str, ...]:
+        """What tells a device from this machine, as `field: that, this`; empty where it is one of its make."""
+        found = self._as(device.kind)
+        return (found,) if isinstance(found, str) else device.differences(found[1])
+
+    def conditions(self, device: Device) -> Conditions | None:
+        """The present ones, without software; None where this machine is no such device."""
+        found = self._as(device.kind)
+        if isinstance(found, str) or device.differences(found[1]):
+            return None
+        return found[0].conditions({})
+
+    def _as(self, kind: str) -> tuple[Machine, Device] | str:
+        """This machine as a kind of device, or why it is none."""
+        if kind not in self._found:
+            try:
+                one = machine(kind)
+                self._found[kind] = (one, one.identity())
+            except (MissingError, UsageError) as error:
+                self._found[kind] = error.message
+        return self._found[kind]
+
+
+def candidates(
+    artifacts: Sequence[Artifact], rows: Sequence[AccuracyRow], profile: Profile, regime: str = SATURATED
+) -> tuple[Candidate, ...]:
+    """Each cell of the profile that measured a graph of one of the artifacts in a regime, with its accuracy.
 
     Latency belongs to the graph, accuracy to the weights: rows of other weights are left out. Of several rows the one
     measured the way the cell was is taken, else the last measured, else a declared one.
@@ -32,7 +65,7 @@ def candidates(artifacts: Sequence[Artifact], rows: Sequence[AccuracyRow], profi
     return tuple(
         Candidate(cell, artifact, accuracy(artifact, cell))
         for cell in profile.cells
-        if (artifact := by_graph.get(cell.graph_sha256)) is not None
+        if cell.regime == regime and (artifact := by_graph.get(cell.graph_sha256)) is not None
     )
 
 
@@ -52,30 +85,42 @@ def rows_of(rows: Sequence[AccuracyRow], artifacts: Sequence[Artifact], dataset:
     return chosen
 
 
-def profile_of(profiles: Path, here: Device) -> tuple[Stored, tuple[Stored, ...]]:
+def profile_of(profiles: Path, here: Here) -> tuple[Stored, tuple[Stored, ...]]:
     """The newest profile of this device, and its others; raises ForeignError that names what was found instead."""
     found = read_profiles(profiles)
     if not found:
         raise ForeignError(f"{profiles}: no profile here", hint="measure this device: hydradeploy profile")
-    own = [stored for stored in found if not stored.profile.device.differences(here)]
+    own = [stored for stored in found if not here.differences(stored.profile.device)]
     if own:
         return own[0], tuple(own[1:])
-    others = "; ".join(f"{s.path.name} ({', '.join(s.profile.device.differences(here))})" for s in found[:5])
+    others = "; ".join(f"{s.path.name} ({', '.join(here.differences(s.profile.device))})" for s in found[:5])
     raise ForeignError(
         f"{profiles}: no profile of this device; found, with what differs (there, here): {others}",
         hint="measure this device: hydradeploy profile; or plan for another one with --profile FILE",
     )
 
 
-def check_measured(found: Sequence[Candidate], stored: Stored, artifacts: Iterable[Artifact], bundle: Path) -> None:
-    """Raise ForeignError where a profile measured none of the bundle's graphs."""
-    if not found:
+def check_measured(stored: Stored, artifacts: Sequence[Artifact], regime: str, bundle: Path) -> None:
+    """Raise ForeignError where a profile measured none of the bundle's graphs, or none in that regime."""
+    regimes = regimes_of(stored.profile, artifacts)
+    if regime not in regimes:
+        if regimes:
+            raise ForeignError(
+                f"{stored.path}: these graphs were not measured {regime}, only {', '.join(regimes)}",
+                hint=f"--regime {regimes[0]}; or {how_to_measure(regime)}",
+            )
         measured = ", ".join(dict.fromkeys(cell.artifact for cell in stored.profile.cells)) or "nothing"
         names = ", ".join(artifact.name for artifact in artifacts)
         raise ForeignError(
             f"{stored.path}: measured other graphs ({measured}) than those of {bundle} ({names})",
             hint="measure this bundle: hydradeploy profile",
         )
+
+
+def regimes_of(profile: Profile, artifacts: Iterable[Artifact]) -> list[str]:
+    """The regimes in which a profile measured graphs of these artifacts."""
+    graphs = {artifact.graph_sha256 for artifact in artifacts}
+    return sorted({cell.regime for cell in profile.cells if cell.graph_sha256 in graphs})
 
 
 def _closest(rows: Sequence[AccuracyRow], cell: Cell, device: Device) -> AccuracyRow | None:

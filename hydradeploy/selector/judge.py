@@ -11,6 +11,7 @@ from typing import Literal
 from hydradeploy.bundle import AccuracyRow, Artifact
 from hydradeploy.measurements import Cell
 from hydradeploy.selector.budget import Budget, LatencyLimit, percentile_name
+from hydradeploy.selector.regime import callers
 from hydradeploy.stats.basics import normal_quantile
 from hydradeploy.stats.latency import Bounds, bounds, mean_bounds
 from hydradeploy.stats.order import allowed_misses, quantile, samples_needed
@@ -20,6 +21,7 @@ Status = Literal["met", "missed", "open"]
 
 # Measurements so flagged do not show what the device does undisturbed.
 INVALID_FLAGS = ("throttled", "contended")
+FLAGS = (*INVALID_FLAGS, "noisy", "floating-clocks")
 
 # Beyond that many samples those that are needed are estimated.
 MOST_COUNTED = 10_000
@@ -46,6 +48,11 @@ class Candidate:
     accuracy: AccuracyRow | None
 
     @property
+    def in_flight(self) -> int:
+        """How many images are being worked on at any moment."""
+        return self.cell.batch * callers(self.cell.regime)
+
+    @property
     def mean_s(self) -> float:
         samples = self.cell.latency_s
         return sum(samples) / len(samples) if samples else math.inf
@@ -57,7 +64,7 @@ class Candidate:
 
     def bounds(self, level: float, confidence: float) -> Bounds:
         """What the samples say of a percentile."""
-        return _bounds(self.cell.latency_s, self.cell.process, level, confidence)
+        return bounds_of(self.cell, level, confidence)
 
     def refused(self, accept: tuple[str, ...], strict: bool, needs_accuracy: bool) -> str | None:
         """Why the cell cannot be picked whatever the budget, None where it can."""
@@ -68,19 +75,30 @@ class Candidate:
             bad := [flag for flag in cell.flags if strict or (flag in INVALID_FLAGS and flag not in accept)]
         ):
             wanted = ",".join(flag for flag in cell.flags if flag in INVALID_FLAGS)
-            return f"measured while {', '.join(bad)}" + ("" if strict else f" (--accept {wanted} takes it)")
+            found = "; ".join(said for flag in bad for said in said_of(cell, flag))
+            return found + ("" if strict else f" (--accept {wanted} takes it)")
         if needs_accuracy and self.accuracy is None:
             return "no accuracy measured of these weights"
         return None
 
 
-@lru_cache(maxsize=1024)
-def _bounds(samples: tuple[float, ...], process: tuple[int, ...], level: float, confidence: float) -> Bounds:
-    """Kept, because a pick asks several times and each takes milliseconds.
+def said_of(cell: Cell, flag: str) -> tuple[str, ...]:
+    """What is known of one of a cell's flags, in sentences."""
+    return tuple(r for r in cell.remarks if r.startswith(f"{flag}:")) or (f"measured while {flag}",)
+
+
+def bounds_of(cell: Cell, level: float, confidence: float) -> Bounds:
+    """What a cell's samples say of a percentile.
 
     A budget is not met by extrapolation: beyond what as many independent samples would carry nothing is known of a
     tail, and most are not log-normal.
     """
+    return _bounds(cell.latency_s, cell.process, level, confidence)
+
+
+# Kept, because a pick asks several times and each takes milliseconds.
+@lru_cache(maxsize=1024)
+def _bounds(samples: tuple[float, ...], process: tuple[int, ...], level: float, confidence: float) -> Bounds:
     found = bounds(samples, process, level, confidence)
     needed = samples_needed(level, confidence)
     if found.assumes is None or found.n >= needed:
@@ -135,7 +153,7 @@ def checks(candidate: Candidate, budget: Budget) -> Iterator[Check]:
     for limit in budget.latency:
         yield _latency(candidate, limit, budget.confidence)
     if budget.throughput_per_s is not None:
-        yield _throughput(cell, budget.throughput_per_s, budget.confidence)
+        yield _throughput(candidate, budget.throughput_per_s, budget.confidence)
     if budget.memory_bytes is not None:
         yield _amount("memory", cell.memory_bytes, budget.memory_bytes, show_bytes)
     if budget.energy_j is not None:
@@ -214,15 +232,16 @@ def _more(found: Bounds, share: float, confidence: float) -> int | None:
     return more if more > 0 else found.n
 
 
-def _throughput(cell: Cell, limit: float, confidence: float) -> Check:
+def _throughput(candidate: Candidate, limit: float, confidence: float) -> Check:
+    cell, images = candidate.cell, candidate.in_flight
     found = mean_bounds(cell.latency_s, cell.process, confidence)
-    mean = sum(cell.latency_s) / len(cell.latency_s)
-    rate = cell.batch / mean
+    # Little's law: what is in flight over how long it is.
+    rate = images / candidate.mean_s
     text, excess = f"throughput {rate:.3g}/s", limit / rate
     if found is None:
         return Check("throughput", "open", f"{text}, from one process", excess, len(cell.latency_s))
-    fastest = cell.batch / found[0] if found[0] > 0 else math.inf
-    slowest = cell.batch / found[1]
+    fastest = images / found[0] if found[0] > 0 else math.inf
+    slowest = images / found[1]
     if slowest >= limit:
         return Check("throughput", "met", f"{text}, at least {slowest:.3g}/s", excess)
     if fastest < limit:

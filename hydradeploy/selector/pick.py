@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydradeploy.bundle import AccuracyRow, Bundle, open_bundle, read_accuracy
-from hydradeploy.devices import Machine, machine
 from hydradeploy.errors import ExitCode, ForeignError, InvalidError, UsageError
-from hydradeploy.measurements import Conditions, Stored, read_profile, read_profiles
+from hydradeploy.measurements import Stored, read_profile, read_profiles
 from hydradeploy.selector.advice import knobs, notes
 from hydradeploy.selector.answer import Answer, Picked, picked, rejected
 from hydradeploy.selector.budget import PREFERENCES, Budget, Preference
 from hydradeploy.selector.choose import Rules, choose, judged
-from hydradeploy.selector.join import candidates, check_measured, profile_of, rows_of
-from hydradeploy.selector.judge import Candidate
+from hydradeploy.selector.join import Here, candidates, check_measured, profile_of, regimes_of, rows_of
+from hydradeploy.selector.judge import FLAGS, Candidate
+from hydradeploy.selector.regime import SATURATED, pace_hz
 
 
 @dataclass(frozen=True)
 class Request:
     """What is asked of a bundle, whatever the device. `prefer` None is accuracy, or latency where the budget is only a
-    floor of accuracy; `dataset` None is the one evaluated last."""
+    floor of accuracy; `dataset` None is the one evaluated last; `regime` is how calls arrive."""
 
     budget: Budget
     prefer: Preference | None = None
@@ -29,6 +29,7 @@ class Request:
     strict: bool = False
     assume_larger_is_better: bool = False
     dataset: str | None = None
+    regime: str = SATURATED
 
     @property
     def rules(self) -> Rules:
@@ -45,33 +46,30 @@ def pick(bundle: Path, profiles: Path, request: Request, *, profile: Path | None
     _check(request)
     opened = open_bundle(bundle, "manifest")
     rows = rows_of(read_accuracy(opened), opened.manifest.artifacts, request.dataset)
-    here = machine()
+    here = Here()
     if profile is not None:
-        stored = read_profile(profile)
-        return _answer(opened, rows, stored, request, _now(stored, here), ())
-    stored, others = profile_of(profiles, here.identity())
-    return _answer(opened, rows, stored, request, _now(stored, here), others)
+        return _answer(opened, rows, read_profile(profile), request, here, ())
+    stored, others = profile_of(profiles, here)
+    return _answer(opened, rows, stored, request, here, others)
 
 
 def pick_all(bundle: Path, profiles: Path, request: Request) -> tuple[Answer, ...]:
-    """One answer per profile that measured graphs of the bundle, newest first.
+    """One answer per profile that measured graphs of the bundle in the regime, newest first.
 
     Raises what `pick` raises, and ForeignError where no profile did.
     """
     _check(request)
     opened = open_bundle(bundle, "manifest")
     rows = rows_of(read_accuracy(opened), opened.manifest.artifacts, request.dataset)
-    here, artifacts = machine(), opened.manifest.artifacts
-    answers = tuple(
-        _answer(opened, rows, stored, request, _now(stored, here), ())
-        for stored in read_profiles(profiles)
-        if candidates(artifacts, rows, stored.profile)
-    )
-    if not answers:
+    here, artifacts = Here(), opened.manifest.artifacts
+    measured = [stored for stored in read_profiles(profiles) if regimes_of(stored.profile, artifacts)]
+    if not measured:
         raise ForeignError(
             f"{profiles}: no profile of the graphs in {bundle}", hint="measure this bundle: hydradeploy profile"
         )
-    return answers
+    asked = [stored for stored in measured if request.regime in regimes_of(stored.profile, artifacts)]
+    # Where none has that regime the newest says which ones there are.
+    return tuple(_answer(opened, rows, stored, request, here, ()) for stored in asked or measured[:1])
 
 
 def exit_code(answers: Sequence[Answer]) -> ExitCode:
@@ -87,13 +85,15 @@ def _check(request: Request) -> None:
         raise UsageError(f"cannot prefer {request.prefer!r}", hint=f"one of {', '.join(PREFERENCES)}")
     if request.budget == Budget(confidence=request.budget.confidence) and request.prefer is None:
         raise UsageError("no budget given", hint="for example hydradeploy pick --latency 20ms")
+    unknown = [flag for flag in request.accept if flag not in FLAGS]
+    if unknown:
+        raise UsageError(f"no flag {unknown[0]!r} to accept", hint=f"one or more of {','.join(FLAGS)}")
+    if request.budget.throughput_per_s is not None and pace_hz(request.regime) is not None:
+        raise UsageError(
+            f"the throughput of {request.regime} is its schedule's", hint="--regime saturated or concurrent-4"
+        )
     if not 0.5 <= request.budget.confidence <= 0.999:
         raise UsageError(f"confidence {request.budget.confidence} is not possible", hint="from 50% to 99.9%")
-
-
-def _now(stored: Stored, here: Machine) -> Conditions | None:
-    """The present conditions of the profile's device, None where it is not this one."""
-    return None if stored.profile.device.differences(here.identity()) else here.conditions({})
 
 
 def _answer(
@@ -101,12 +101,13 @@ def _answer(
     rows: Sequence[AccuracyRow],
     stored: Stored,
     request: Request,
-    now: Conditions | None,
+    here: Here,
     others: Sequence[Stored],
 ) -> Answer:
     artifacts = bundle.manifest.artifacts
-    found = candidates(artifacts, rows, stored.profile)
-    check_measured(found, stored, artifacts, bundle.path)
+    check_measured(stored, artifacts, request.regime, bundle.path)
+    found = candidates(artifacts, rows, stored.profile, request.regime)
+    now = here.conditions(stored.profile.device)
     budget, rules = request.budget, request.rules
     if rules.needs_accuracy(budget) and all(candidate.accuracy is None for candidate in found):
         raise UsageError(
@@ -125,7 +126,9 @@ def _answer(
     judgements = [(candidate, judged(candidate, budget, rules)) for candidate in found if candidate is not choice.pick]
     nearest = next((checks for candidate, checks in judgements if candidate is choice.nearest), [])
     more = max((check.more for check in nearest if check.more is not None), default=None)
-    elsewhere = [] if choice.pick else [(other, candidates(artifacts, rows, other.profile)) for other in others]
+    elsewhere = (
+        [] if choice.pick else [(other, candidates(artifacts, rows, other.profile, request.regime)) for other in others]
+    )
     return Answer(
         verdict=choice.verdict,
         device_here=now is not None,

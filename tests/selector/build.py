@@ -60,7 +60,7 @@ def cell(of: Artifact, by_process: Sequence[Sequence[float]], **changes: Any) ->
         "input": "float32",
         "batch": 1,
         "threads": 1,
-        "regime": "closed",
+        "regime": "saturated",
         "measured_at": MEASURED_AT,
         "latency_s": tuple(value for samples in by_process for value in samples),
         "process": tuple(number for number, samples in enumerate(by_process) for _ in samples),

@@ -8,7 +8,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,10 +18,15 @@ import pytest
 
 from hydradeploy import declare, export, open_bundle
 from hydradeploy.bundle import ACCURACY, AccuracyRow, Artifact, read_accuracy, write_accuracy
-from hydradeploy.devices import machine
+from hydradeploy.devices import DEVICE_MODULES, machine
+from hydradeploy.errors import ForeignError, UsageError
 from hydradeploy.measurements import Cell, Conditions, Device, add_profile
+from hydradeploy.report.text import sentence
+from hydradeploy.selector.answer import Answer
+from hydradeploy.selector.budget import Budget
+from hydradeploy.selector.pick import Request, pick, pick_all
 from tests.conftest import Cli, geometry, write_supernet
-from tests.selector.build import accuracy, cell, conditions, device, failed, latencies, profile, share
+from tests.selector.build import accuracy, cell, conditions, device, failed, latencies, limit, profile, share
 
 MS = 1e-3
 # Right answers of 200, per head count.
@@ -96,8 +103,8 @@ ANSWER = {
     *("more_samples", "knobs", "notes", "rejected"),
 }
 PICKED = {
-    *("artifact", "heads", "precision", "backend", "batch", "threads", "file", "sha256", "latency_s", "accuracy"),
-    *("memory_bytes", "size_bytes", "energy_j"),
+    *("artifact", "heads", "precision", "backend", "batch", "threads", "regime", "file", "sha256"),
+    *("latency_s", "accuracy", "memory_bytes", "size_bytes", "energy_j", "flags"),
 }
 LATENCY = {
     *("p50", "p95", "p99", "upper", "percentile", "confidence", "n", "n_effective", "processes", "spread"),
@@ -120,7 +127,7 @@ def test_json_has_the_documented_keys_and_the_measured_values(world: World):
     assert (picked["file"], picked["sha256"]) == (of.graphs["ort"], of.sha256)
     assert (world.bundle / picked["file"]).is_file()
     assert (picked["size_bytes"], picked["memory_bytes"]) == (of.size_bytes, measured.memory_bytes)
-    assert picked["energy_j"] is None
+    assert (picked["energy_j"], picked["regime"], picked["flags"]) == (None, "saturated", [])
     ordered, latency = sorted(measured.latency_s), picked["latency_s"]
     assert (latency["p50"], latency["p95"]) == (ordered[99], ordered[189])
     assert latency["p95"] <= latency["upper"] <= 4.5 * MS
@@ -179,6 +186,24 @@ def test_people_get_the_same_answer_in_a_sentence(world: World):
     assert "with 95% confidence" in first
     assert "top-1 80.0%" in first
     assert ran.err == ""
+
+
+def test_the_sentence_has_the_energy_where_it_was_measured_and_the_flags(world: World):
+    remark = "floating-clocks: nothing kept the clocks where they were"
+    world.measured(world.cell(4, energy_j=0.0421, flags=("floating-clocks",), remarks=(remark,)))
+    found = world.json("--latency", "4.5ms")
+    assert (found["pick"]["energy_j"], found["pick"]["flags"]) == (0.0421, ["floating-clocks"])
+    assert remark in found["notes"]
+    first, *_ = world.run("--latency", "4.5ms").out.splitlines()
+    assert first.startswith("h04-fp32 (onnxruntime, 1 thread, floating-clocks): p95 at most 4.0")
+    assert "0.0421 J per image" in first
+
+
+def test_a_refusal_for_a_flag_says_on_what_evidence(world: World):
+    remark = "contended: other programs kept 0.80 cores busy in 1 of 5 processes"
+    world.measured(world.cell(5, flags=("contended", "noisy"), remarks=("noisy: processes differ by 12%", remark)))
+    told = world.run("--latency", "9ms", "--explain").out
+    assert f"refused: h05-fp32 (onnxruntime, 1 thread): {remark} (--accept contended takes it)" in told
 
 
 def test_explain_has_a_line_per_refused_cell_with_its_number(world: World):
@@ -489,6 +514,120 @@ def test_all_has_a_row_per_profile_with_its_device(world: World):
     assert world.run("--latency", NOT_PROVEN, "--all").code == 4
 
 
+# -- which regime ---------------------------------------------------------------------------------------------------
+
+
+def asked(world: World, regime: str, budget: Budget, **more: Any) -> Answer:
+    return pick(world.bundle, world.profiles, Request(budget, regime=regime, **more))
+
+
+def test_regimes_are_not_mixed(world: World):
+    world.measured(world.cell(6, MS, regime="burst"), world.cell(5, 3 * MS, regime="sustained"))
+    budget = Budget(latency=(limit(95, 4.5 * MS),))
+    for regime, name in (("saturated", "h04-fp32"), ("burst", "h06-fp32"), ("sustained", "h05-fp32")):
+        found = asked(world, regime, budget)
+        assert found.pick is not None
+        assert (found.pick.artifact, found.pick.regime) == (name, regime)
+        assert (regime in sentence(found.pick)) == (regime != "saturated")
+    assert world.json("--latency", "4.5ms")["pick"]["artifact"] == "h04-fp32"
+    assert {r.artifact for r in asked(world, "burst", Budget(latency=(limit(95, MS / 9),))).rejected} == {"h06-fp32"}
+
+
+@pytest.mark.parametrize(
+    ("regime", "option"),
+    [
+        ("burst", "--preset sustained"),
+        ("paced-30hz", "--pace 30hz"),
+        ("concurrent-4", "--concurrency 4"),
+    ],
+)
+def test_a_regime_that_was_not_measured_is_refused_with_those_that_were(world: World, regime: str, option: str):
+    world.measured(world.cell(2, regime="paced-7hz"))
+    for call in (
+        lambda *a: asked(world, *a),
+        lambda *a: pick_all(world.bundle, world.profiles, Request(a[1], regime=regime)),
+    ):
+        with pytest.raises(ForeignError, match=f"not measured {regime}, only paced-7hz, saturated") as refused:
+            call(regime, Budget(latency=(limit(95, 1.0),)))
+        assert refused.value.hint == f"--regime paced-7hz; or measure it: hydradeploy profile {option}"
+
+
+def test_all_leaves_out_profiles_without_the_regime(world: World):
+    world.measured(world.cell(2, regime="burst"), of=device(), under=conditions())
+    (found,) = pick_all(world.bundle, world.profiles, Request(Budget(latency=(limit(95, 1.0),)), regime="burst"))
+    assert found.device == "Imaginary CPU 9000"
+
+
+def test_several_callers_give_several_times_the_images(world: World):
+    world.measured(world.cell(2, 4 * MS, regime="concurrent-4"))
+    fast, faster = (Budget(throughput_per_s=rate) for rate in (900, 1100))
+    found = asked(world, "concurrent-4", fast)
+    assert found.pick is not None
+    missed = asked(world, "concurrent-4", faster)
+    assert missed.verdict == "infeasible"
+    assert "throughput 995/s" in missed.rejected[0].reason
+    (knob,) = missed.knobs
+    assert "--throughput 9" in knob
+
+
+def test_calls_on_a_schedule_have_no_throughput_of_their_own(world: World):
+    world.measured(world.cell(2, regime="paced-30hz"))
+    with pytest.raises(UsageError, match="the throughput of paced-30hz is its schedule's"):
+        asked(world, "paced-30hz", Budget(throughput_per_s=10))
+
+
+# -- which kind of device -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Accelerated:
+    """This machine with an imaginary accelerator."""
+
+    found: Device
+
+    def why_not(self) -> str | None:
+        return None
+
+    def identity(self) -> Device:
+        return self.found
+
+    def conditions(self, software: Mapping[str, str]) -> Conditions:
+        return conditions(software=dict(software), power_mode="full")
+
+
+@pytest.fixture
+def accelerated(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """What this machine is as a device of kind `abacus`, and none of kind `quipu`."""
+    found = device(kind="abacus", name="Imaginary Abacus")
+    absent = SimpleNamespace(MACHINE=SimpleNamespace(why_not=lambda: "no cords here"))
+    monkeypatch.setitem(sys.modules, "imaginary_abacus", SimpleNamespace(MACHINE=Accelerated(found)))
+    monkeypatch.setitem(sys.modules, "imaginary_quipu", absent)
+    monkeypatch.setitem(DEVICE_MODULES, "abacus", "imaginary_abacus")
+    monkeypatch.setitem(DEVICE_MODULES, "quipu", "imaginary_quipu")
+    return found
+
+
+def test_a_profile_is_of_this_device_whatever_kind_of_device_this_machine_is(bare: World, accelerated: Device):
+    bare.evaluated()
+    bare.measured(bare.cell(2, 9 * MS))
+    bare.measured(bare.cell(2, MS, measured_at="2026-09-01T00:00:00Z"), of=accelerated, under=conditions())
+    found = bare.json("--latency", "5ms")
+    assert (found["device"], found["device_here"]) == ("Imaginary Abacus", True)
+    assert "power_mode: none, full" in found["notes"][0]
+    bare.measured(bare.cell(2, 2 * MS, measured_at="2027-01-01T00:00:00Z"))
+    assert bare.json("--latency", "5ms")["device"] == bare.here.name
+
+
+def test_a_profile_of_a_kind_that_this_machine_is_not_is_named_with_the_reason(bare: World, accelerated: Device):
+    bare.evaluated()
+    for kind, reason in (("quipu", "quipu: no cords here"), ("sextant", "no device kind 'sextant'")):
+        path = bare.measured(bare.cell(2), of=device(kind=kind, name=kind))
+        said = bare.refused("--latency", "5ms", code=7)
+        assert path.name in said
+        assert reason in said
+        assert bare.json("--latency", "5ms", "--profile", path)["device_here"] is False
+
+
 # -- which accuracy -------------------------------------------------------------------------------------------------
 
 
@@ -581,6 +720,7 @@ def test_cells_without_accuracy_are_left_out_only_where_it_counts(bare: World):
         (["--latency", "20ms", "--profile", "nowhere.json"], "nowhere.json: no such profile"),
         (["--latency", "20ms", "--bundle", "nowhere"], "nowhere: no bundle here"),
         (["--latency", "20ms", "--dataset", "nothing"], "no accuracy on 'nothing'"),
+        (["--latency", "20ms", "--accept", "contended,loud"], "no flag 'loud' to accept"),
     ],
 )
 def test_requests_that_make_no_sense_are_usage_errors_with_a_hint(world: World, options, text):
