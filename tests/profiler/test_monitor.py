@@ -326,3 +326,28 @@ def test_however_the_parent_is_ended_its_clocks_are_put_back(toy, tmp_path, numb
         assert parent.wait(20) in (-number, 130)
     assert comes_true(lambda: not (tmp_path / "locked").exists())
     assert comes_true(lambda: not lives(pid))
+
+
+FORK = """
+    import os
+    if not os.fork():
+        time.sleep(60)
+"""
+
+
+def test_a_fork_of_the_parent_that_keeps_its_pipes_open_does_not_keep_the_clocks_pinned(toy, tmp_path):
+    text = textwrap.dedent(PARENT).format(kind=toy(), source=SOURCE)
+    text = text.replace("    print(", f"{FORK}    print(")
+    with subprocess.Popen(
+        [sys.executable, "-c", text],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as parent:
+        try:
+            assert parent.stdout.readline()
+            parent.kill()
+            assert comes_true(lambda: not (tmp_path / "locked").exists())
+        finally:
+            os.killpg(parent.pid, signal.SIGKILL)
