@@ -39,10 +39,8 @@ format: .venv/ready
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-# Training apart: after all the others a worker has died in it without a word, which is not explained yet.
 test: setup
-	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/training
-	$(BIN)/pytest -n 2 --dist worksteal tests/training
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: setup
 	$(BIN)/pytest -m slow -n 2 --dist loadfile
