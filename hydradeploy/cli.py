@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from typer.models import CommandInfo
 
+    from hydradeploy.measurements import Cell
+    from hydradeploy.profiler.plan import Plan
     from hydradeploy.selector.budget import Budget
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
@@ -308,43 +310,102 @@ def evaluate(
 def profile(
     bundle: BundlePath = Path("bundle"),
     profiles: ProfilesPath = Path("profiles"),
-    device: Annotated[str | None, typer.Option(help="cpu. Default: what this machine is.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="jetson|cuda|cpu", help="Default: what this machine is.")
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="Default: the first that is usable.")] = None,
     heads: Annotated[str | None, typer.Option(help="Head counts: 3,6,9-12. Default: all in the bundle.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32,fp16. Default: all in the bundle.")] = None,
     threads: Annotated[str | None, typer.Option(help="Thread counts: 1,2. Default: one per usable core.")] = None,
-    preset: Annotated[str, typer.Option(metavar="quick|standard|gate", help="How many samples to take.")] = "quick",
+    preset: Annotated[
+        str, typer.Option(help="How many samples to take: quick, standard, gate; or sustained.")
+    ] = "quick",
+    pace: Annotated[
+        str | None, typer.Option(help="Call on a schedule, 30hz; latency counts from the intended arrival.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Call from so many threads at once.", min=1)] = 1,
+    percentile: Annotated[str, typer.Option(help="Take samples for this one.")] = "p95",
+    confidence: Annotated[str, typer.Option(help="And with this confidence.")] = "95%",
+    max_time: Annotated[
+        str | None, typer.Option(help="Cut samples to fit, 10min. Default: 2min for quick, 30 and 60 for the others.")
+    ] = None,
+    lock_clocks: Annotated[
+        bool, typer.Option("--lock-clocks", help="Pin the clocks meanwhile, and put them back. Takes root.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be measured and how long.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut short.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew where a run was cut short.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 6 where a measurement is not clean.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure latency, load time and memory on this device.
+    """Measure latency, load time, memory and energy on this device.
 
-    Every artifact is run in several fresh processes, head counts interleaved. All samples are kept in a profile, where
-    they replace earlier ones of the same device under the same conditions.
+    Every artifact is run in several fresh processes, head counts interleaved, while another one watches the device.
+    All samples are kept in a profile, where they replace earlier ones of the same device under the same conditions.
     """
+    from hydradeploy.profiler.presets import Target
+    from hydradeploy.profiler.profile import Order, check_clean
+    from hydradeploy.profiler.profile import plan as plan_of
     from hydradeploy.profiler.profile import profile as call
+    from hydradeploy.units import DURATION, FRACTION, RATE, parse, parse_percentile
 
+    order = Order(
+        device=device,
+        backend=backend,
+        heads=None if heads is None else parse_heads(heads),
+        precisions=None if precision is None else [name.strip() for name in precision.split(",")],
+        threads=None if threads is None else _counts(threads),
+        preset=preset,
+        pace_hz=None if pace is None else parse(pace, RATE),
+        concurrency=concurrency,
+        target=Target(parse_percentile(percentile), parse(confidence, FRACTION)),
+        max_time_s=None if max_time is None else parse(max_time, DURATION),
+    )
+    if dry_run:
+        _show_plan(plan_of(bundle, profiles, order), as_json)
+        return
     with _progress() as report:
         done = call(
             bundle,
             profiles,
-            device=device,
-            backend_name=backend,
-            heads=None if heads is None else parse_heads(heads),
-            precisions=None if precision is None else [name.strip() for name in precision.split(",")],
-            threads=None if threads is None else _counts(threads),
-            preset=preset,
+            order,
+            lock_clocks=lock_clocks,
+            resume=resume,
+            force=force,
             report=report,
+            say=report.say,
         )
     if as_json:
         _print_json({"profile": str(done.stored.path), "device": done.stored.profile.device, "cells": done.cells})
-        return
-    from hydradeploy.report.text import CELL_HEADER, cell_row
+    else:
+        _show_cells(done.cells)
+        print(f"{done.stored.path}: {done.stored.profile.device.name}, {len(done.cells)} cells measured")
+    if strict:
+        check_clean(done.cells)
 
-    _table(CELL_HEADER, [cell_row(cell) for cell in done.cells])
-    for cell in done.cells:
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        _print_json(plan)
+        return
+    from hydradeploy.profiler.plan import HEADER, rows, sentence
+
+    _table(HEADER, rows(plan))
+    print(sentence(plan))
+
+
+def _show_cells(cells: Sequence[Cell]) -> None:
+    """Tables, then what is wrong with figures and why some are not there."""
+    from hydradeploy.report.cells import missing_lines, remark_lines, tables
+
+    for table in tables(cells):
+        print(table.title)
+        _table(table.header, table.rows)
+    for line in (*remark_lines(cells), *missing_lines(cells)):
+        print(line)
+    for cell in cells:
         if cell.error is not None:
             _say(f"not measured: {cell.error}")
-    print(f"{done.stored.path}: {done.stored.profile.device.name}, {len(done.cells)} cells measured")
 
 
 @app.command()
@@ -367,6 +428,9 @@ def pick(
     profiles: ProfilesPath = Path("profiles"),
     profile: Annotated[Path | None, typer.Option(help="Plan with this profile, also of another device.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Accuracy on this one. Default: the last evaluated.")] = None,
+    regime: Annotated[
+        str, typer.Option(help="How calls arrive: saturated, paced-30hz, concurrent-4, burst, sustained.")
+    ] = "saturated",
     accept: Annotated[str | None, typer.Option(help="Flags to accept: throttled,contended.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Only cells without any flag.")] = False,
     assume_larger: Annotated[
@@ -390,6 +454,7 @@ def pick(
         strict=strict,
         assume_larger_is_better=assume_larger,
         dataset=dataset,
+        regime=regime,
     )
     if everywhere:
         answers = pick_all(bundle, profiles, request)
@@ -427,6 +492,28 @@ def _budget(
         min_top1=None if min_top1 is None else parse(min_top1, FRACTION),
         confidence=parse(confidence, FRACTION),
     )
+
+
+@app.command()
+def doctor(
+    device: Annotated[
+        str | None, typer.Option(metavar="jetson|cuda|cpu", help="Default: what this machine is.")
+    ] = None,
+    profiles: ProfilesPath = Path("profiles"),
+    as_json: Json = False,
+) -> None:
+    """Say whether this machine is fit to be measured.
+
+    One line per backend, sensor, right, clock, limit, load and disk: ok, or what is wrong and what puts it right.
+    """
+    from hydradeploy.doctor import diagnose, lines
+
+    diagnosis = diagnose(profiles, device=device)
+    if as_json:
+        _print_json(diagnosis)
+    else:
+        print("\n".join(lines(diagnosis)))
+    raise typer.Exit(diagnosis.exit_code)
 
 
 @app.command()

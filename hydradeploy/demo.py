@@ -19,7 +19,7 @@ from hydradeploy.evaluator.evaluate import evaluate
 from hydradeploy.exporter.export import export
 from hydradeploy.files import write_atomically
 from hydradeploy.measurements import read_profile
-from hydradeploy.profiler.profile import profile
+from hydradeploy.profiler.profile import Order, profile
 from hydradeploy.report.picture import draw
 from hydradeploy.report.text import answer_lines
 from hydradeploy.selector.answer import Answer
@@ -77,7 +77,7 @@ def demo(
     say(f"> hydradeploy evaluate --data {DATA}")
     evaluate(bundle, DATA, report=report)
     say("> hydradeploy profile --threads 1")  # so small a model only waits for a second one
-    measured = profile(bundle, profiles, threads=(1,), report=report)
+    measured = profile(bundle, profiles, Order(threads=(1,)), force=force, report=report)
     opened = open_bundle(bundle, "manifest")
     found = candidates(opened.manifest.artifacts, read_accuracy(opened), read_profile(measured.stored.path).profile)
     for line in _table(found):

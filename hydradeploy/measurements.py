@@ -178,25 +178,37 @@ def read_profiles(directory: Path) -> tuple[Stored, ...]:
     return tuple(sorted(found, key=lambda stored: stored.profile.measured_at, reverse=True))
 
 
+def place_of(directory: Path, device: Device, conditions: Conditions) -> Path:
+    """The file for profiles of that device under those conditions.
+
+    Where a file of that name holds others, the next free name is taken. Raises IntegrityError for a damaged file.
+    """
+    for number in count(1):
+        path = directory / (_file_name(device, conditions) + ("" if number == 1 else f"-{number}") + ".json")
+        if not path.exists():
+            return path
+        before = read_profile(path).profile
+        if not before.device.differences(device) and not before.conditions.differences(conditions):
+            return path
+    raise AssertionError  # count has no end
+
+
 def add_profile(directory: Path, fresh: Profile) -> Stored:
     """Keep a profile: its cells replace those of the same key in the file of that device under those conditions.
 
-    A cell that failed does not replace one that was measured. Where a file of that name holds others, the next free
-    name is taken. Raises IntegrityError for a damaged file, EnvironmentFailed when the disk fails.
+    A cell that failed does not replace one that was measured. Raises IntegrityError for a damaged file,
+    EnvironmentFailed when the disk fails.
     """
-    for number in count(1):
-        path = directory / (_file_name(fresh) + ("" if number == 1 else f"-{number}") + ".json")
+    while True:
+        path = place_of(directory, fresh.device, fresh.conditions)
         with locked(path, lambda _: None):
-            before = read_profile(path).profile if path.exists() else None
-            if before is not None and (
-                before.device.differences(fresh.device) or before.conditions.differences(fresh.conditions)
-            ):
+            if place_of(directory, fresh.device, fresh.conditions) != path:  # another process was first
                 continue
-            merged = msgspec.structs.replace(fresh, cells=_merged(before.cells if before else (), fresh.cells))
+            before = read_profile(path).profile.cells if path.exists() else ()
+            merged = msgspec.structs.replace(fresh, cells=_merged(before, fresh.cells))
             with environment("writing the profile"):
                 write_atomically(path, msgspec.json.format(msgspec.json.encode(merged), indent=0) + b"\n")
             return Stored(path, merged)
-    raise AssertionError  # count has no end
 
 
 def _merged(before: Sequence[Cell], fresh: Sequence[Cell]) -> tuple[Cell, ...]:
@@ -207,8 +219,7 @@ def _merged(before: Sequence[Cell], fresh: Sequence[Cell]) -> tuple[Cell, ...]:
     return (*(cell for cell in before if cell.key not in replaced), *added)
 
 
-def _file_name(profile: Profile) -> str:
-    device, conditions = profile.device, profile.conditions
+def _file_name(device: Device, conditions: Conditions) -> str:
     stack = "-".join(f"{name}-{version}" for name, version in sorted(conditions.software.items()))
     mode = conditions.power_mode or conditions.governor or "default"
     parts = (f"{device.name} {device.cores}c", mode, stack)

@@ -64,6 +64,14 @@ def parse(text: str, quantity: Quantity) -> float:
     return value
 
 
+def parse_percentile(text: str) -> float:
+    """The level of `p95` or `p99.9`, 0 to 1; raises UsageError."""
+    match = re.fullmatch(r"\s*p([0-9]{1,2}(?:\.[0-9]+)?)\s*", text)
+    if match is None or not float(match[1]):
+        raise UsageError(f"{text!r} is not a percentile", hint="write for example p95")
+    return round(float(match[1]) / 100, 9)
+
+
 def show_bytes(size_bytes: float) -> str:
     """Binary units with three significant digits: 22.9 MiB."""
     return _scaled(size_bytes, _BINARY) or f"{size_bytes:.0f} B"
@@ -72,6 +80,17 @@ def show_bytes(size_bytes: float) -> str:
 def show_seconds(seconds: float) -> str:
     """Seconds in the unit that gives a number from 1 to 999, three significant digits: 17.4 ms."""
     return _scaled(seconds, {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}) or f"{seconds * 1e9:.3g} ns"
+
+
+def show_duration(seconds: float) -> str:
+    """How long people wait: `8 s`, `2 min 5 s`, `1 h 20 min`."""
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
 
 
 def show_count(count: float) -> str:

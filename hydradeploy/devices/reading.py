@@ -13,7 +13,8 @@ Names are `quantity.what`, in SI units. A value that cannot be read is missing, 
     available_bytes
     foreign_processes.WHAT           processes of others on an accelerator
 
-`pinned_hz.WHAT` is the clock that `clock_hz.WHAT` should not fall below.
+`pinned_hz.WHAT` is the clock that `clock_hz.WHAT` should not fall below. The profiler's monitor adds a counter of its
+own, `ours_s`: processor seconds of its family.
 """
 
 from __future__ import annotations

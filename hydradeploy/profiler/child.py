@@ -53,7 +53,8 @@ class Opened(Record, frozen=True, kw_only=True):
 class Request(Opened, frozen=True, kw_only=True):
     """What to measure. `batches` is an .npy file of float32 (b, n, channels, s, s).
 
-    `device` is the kind of device that says how much memory is occupied, `other` the model to switch from.
+    `device` is the kind of device that says how much memory is occupied, `cores` those to stay on, None for any that
+    the parent may use, `other` the model to switch from.
     """
 
     backend: str
@@ -61,6 +62,7 @@ class Request(Opened, frozen=True, kw_only=True):
     batches: str
     sampling: Sampling
     device: str = "cpu"
+    cores: tuple[int, ...] | None = None
     other: Opened | None = None
 
 
@@ -131,6 +133,8 @@ def main() -> int:
     _die_with(int(sys.argv[1]))
     try:
         request = msgspec.json.decode(sys.stdin.buffer.readline(), type=Request)
+        if request.cores is not None:  # before a runtime counts them
+            os.sched_setaffinity(0, request.cores)
         found = answer(request, _stdin_ended)
     except HydraError as error:
         print(error.message, file=sys.stderr)

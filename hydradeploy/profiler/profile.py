@@ -1,54 +1,56 @@
-"""`profile`: measure every artifact on this device, in rounds of fresh processes.
-
-A round measures each cell once; the next one goes the other way round, so that a machine that warms up or slows down
-touches all head counts alike.
-"""
+"""`profile`: measure artifacts on this device, in rounds of fresh processes, and keep what was measured."""
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+import msgspec
 
-from hydradeploy.backends import Backend, backend, model_of, usable
+from hydradeploy.backends import Backend, backend, usable
 from hydradeploy.bundle import Artifact, Bundle, open_bundle
-from hydradeploy.data.preprocess import normalise
 from hydradeploy.devices import Machine, machine
-from hydradeploy.errors import MissingError, UsageError, environment
-from hydradeploy.measurements import Cell, Profile, Stored, add_profile, read_profiles
-from hydradeploy.profiler.child import Request, spawn
-from hydradeploy.profiler.sampling import Measured, Sampling
+from hydradeploy.errors import InvalidError, MissingError, UsageError, environment
+from hydradeploy.measurements import Cell, Device, Profile, Stored, add_profile, place_of, read_profiles
+from hydradeploy.profiler import journal as journals
+from hydradeploy.profiler.cells import cells_of
+from hydradeploy.profiler.child import spawn
+from hydradeploy.profiler.inputs import batches
+from hydradeploy.profiler.monitor import Watch as Monitor
+from hydradeploy.profiler.monitor import watching
+from hydradeploy.profiler.plan import Job, Plan, batch_of, call_s, chosen, jobs_of, plan_of, scaled, sentence
+from hydradeploy.profiler.presets import Preset, Target, preset_of, regimes
+from hydradeploy.profiler.rounds import Clock, Launch, Report, Rounds, Unwatched, Watch, Watching
+from hydradeploy.profiler.sampling import Sampling
+from hydradeploy.stats.basics import median
+from hydradeploy.units import show_percent, show_seconds
 
-Report = Callable[[str, int, int], None]
-
-_IMAGES = 16
+_PROBE = Sampling(warmup=1, warmup_s=0.0, samples=3, seconds=0.0, at_most=3)
+_PROBE_PATIENCE_S = 600.0
 
 
 @dataclass(frozen=True)
-class Preset:
-    """How many rounds, and what each process of them does."""
+class Order:
+    """What is to be measured, and how much of it. None is all of the bundle, and what this machine has.
 
-    rounds: int
-    sampling: Sampling
+    `threads` None is one per usable core. `pace_hz` calls on a schedule, `concurrency` from so many callers at once.
+    `target` is the percentile that the samples are to carry, `max_time_s` what they are cut to.
+    """
 
-    @property
-    def samples(self) -> int:
-        """The fewest samples a cell gets."""
-        return self.rounds * self.sampling.samples
-
-
-# quick: enough for p95 at 95 % where calls are independent (59) with a slow one among them (93). standard and gate: the
-# counts of measurement practice for the same where they are not. Fast models take more, which costs them nothing.
-PRESETS: Mapping[str, Preset] = {
-    "quick": Preset(5, Sampling(warmup=1, warmup_s=0.05, samples=20, seconds=0.1, at_most=100)),
-    "standard": Preset(10, Sampling(warmup=3, warmup_s=0.5, samples=100, seconds=0.5, at_most=500)),
-    "gate": Preset(10, Sampling(warmup=3, warmup_s=0.5, samples=200, seconds=0.5, at_most=500)),
-}
+    device: str | None = None
+    backend: str | None = None
+    heads: Sequence[int] | None = None
+    precisions: Sequence[str] | None = None
+    threads: Sequence[int] | None = None
+    preset: str = "quick"
+    pace_hz: float | None = None
+    concurrency: int = 1
+    target: Target = field(default_factory=Target)
+    max_time_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,164 +61,176 @@ class Profiled:
     cells: tuple[Cell, ...]
 
 
-@dataclass
-class _Job:
-    """A cell while it is being measured."""
+@dataclass(frozen=True)
+class _Setting:
+    """An order, looked up: what there is to measure and on what."""
 
-    artifact: Artifact
-    request: Request
-    found: list[Measured] = field(default_factory=list)
-    loads: list[float] = field(default_factory=list)
-    error: str | None = None
+    bundle: Bundle
+    artifacts: Sequence[Artifact]
+    runner: Backend
+    here: Machine
+    threads: Sequence[int]
+    preset: Preset
+
+    def jobs(self, files: Mapping[int, str]) -> list[Job]:
+        return jobs_of(self.bundle, self.artifacts, self.runner, self.threads, files, self.preset, self.here.kind)
+
+    def inputs(self) -> AbstractContextManager[Mapping[int, str]]:
+        return batches(self.bundle, {batch_of(artifact) for artifact in self.artifacts})
 
 
 def profile(
     bundle: Path,
     profiles: Path,
+    order: Order = Order(),
     *,
-    device: str | None = None,
-    backend_name: str | None = None,
-    heads: Sequence[int] | None = None,
-    precisions: Sequence[str] | None = None,
-    threads: Sequence[int] | None = None,
-    preset: str = "quick",
+    lock_clocks: bool = False,
+    resume: bool = False,
+    force: bool = False,
     report: Report = lambda what, done, total: None,
-    launch: Callable[[Request], Measured] = spawn,
+    say: Callable[[str], None] = lambda text: None,
+    launch: Launch = spawn,
     here: Machine | None = None,
+    watch: Watching | None = None,
+    clock: Clock = time.perf_counter,
 ) -> Profiled:
-    """Measure latency, load time and memory of artifacts and keep them in the profile of this device.
+    """Measure artifacts on this device and keep every sample in its profile, with the conditions and what they did.
 
-    Every artifact is measured unless `heads` or `precisions` choose; with as many threads as this process has cores
-    unless `threads` names one or more counts. A cell whose process fails keeps the reason and the others go on. Raises
-    UsageError (no bundle, nothing chosen, no such preset), IntegrityError (damaged bundle or profile), MissingError
-    (no backend, this is no such device, every cell failed), EnvironmentFailed (disk).
+    A cell whose process fails keeps the reason and the others go on. What has been measured is in a journal beside the
+    profile; `resume` goes on with it after whatever cut the run short, `force` begins anew. `lock_clocks` pins the
+    clocks meanwhile.
+
+    Raises UsageError (no bundle, nothing chosen, a run that was cut short and neither `resume` nor `force`),
+    ForeignError (device or conditions have changed), IntegrityError (damaged bundle, profile or journal), MissingError
+    (no backend, no such device, clocks that cannot be pinned, every cell failed), EnvironmentFailed (disk).
     """
-    if preset not in PRESETS:
-        raise UsageError(f"no preset {preset!r}", hint=f"one of {', '.join(PRESETS)}")
-    if threads is not None and (not threads or min(threads) < 1):
-        raise UsageError("threads must be at least 1")
-    here = here or machine(device)
-    runner = backend(backend_name)
-    opened = open_bundle(bundle)
-    chosen = _chosen(opened, heads, precisions)
-    conditions = here.conditions({name: v for found in usable() for name, v in found.software().items()})
-    counts = sorted(set(threads or (here.cores(),)))
+    setting = _setting(bundle, order, here)
     with environment(f"writing into {profiles}"):
         profiles.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=profiles).close()  # what cannot be kept is not worth measuring
-    read_profiles(profiles)  # nor what a damaged file would keep from being merged
-    with _inputs(opened, {_batch(artifact) for artifact in chosen}) as files:
-        jobs = [
-            _Job(a, _request(opened, a, runner, count, files[_batch(a)], PRESETS[preset].sampling))
-            for a in chosen
-            for count in counts
-        ]
-        _measure(jobs, PRESETS[preset].rounds, here, launch, report)
-    cells = tuple(_cell(job, here.kind, "saturated") for job in jobs)
-    if all(cell.error is not None for cell in cells):
-        raise MissingError(f"no cell could be measured: {cells[0].error}")
-    fresh = Profile(device=here.identity(), conditions=conditions, cells=cells)
-    return Profiled(add_profile(profiles, fresh), cells)
+    known = read_profiles(profiles)  # nor what a damaged file would keep from being merged
+    if watch is None:
+        watch = _watching(setting.here.kind, lock_clocks) if here is None else lambda: nullcontext(Unwatched())
+    with setting.inputs() as files, watch() as watcher:
+        _tell_cost(watcher, say)
+        device, began = setting.here.identity(), setting.here.conditions(_software())
+        jobs = setting.jobs(files)
+        say(sentence(_plan(setting, order.preset, jobs, known, device)))
+        header = journals.Header(
+            device=device,
+            conditions=began,
+            preset=setting.preset,
+            target=order.target,
+            cells=tuple(job.key for job in jobs),
+        )
+        with _journal(profiles, header, resume, force, say) as journal:
+            rounds = Rounds(
+                jobs, setting.preset, order.target, setting.here, launch, watcher, began, report, say, clock
+            )
+            measured = rounds.measure(journal)
+            cells = tuple(
+                cell
+                for job, entries in zip(jobs, measured, strict=True)
+                for cell in cells_of(job, entries, setting.here, device, began)
+            )
+            if all(not cell.latency_s for cell in cells):
+                journal.remove()
+                raise MissingError(f"no cell could be measured: {cells[0].error}")
+            stored = add_profile(profiles, Profile(device=device, conditions=began, cells=cells))
+            journal.remove()
+    return Profiled(stored, cells)
 
 
-def _measure(
-    jobs: Sequence[_Job],
-    rounds: int,
-    here: Machine,
-    launch: Callable[[Request], Measured],
-    report: Report,
-) -> None:
-    total = rounds * len(jobs)
-    for number in range(rounds):
-        order = jobs if number % 2 == 0 else list(reversed(jobs))
-        for place, job in enumerate(order):
-            report("measuring", number * len(jobs) + place, total)
-            if job.error is not None:
-                continue
-            job.loads.append(here.read(0.0).gauges.get("load_average", -1.0))
-            try:
-                job.found.append(launch(job.request))
-            except MissingError as error:
-                job.error = error.message
-    report("measuring", total, total)
+def plan(
+    bundle: Path,
+    profiles: Path,
+    order: Order = Order(),
+    *,
+    launch: Launch = spawn,
+    here: Machine | None = None,
+) -> Plan:
+    """What `profile` would measure, and how long it should take: by earlier profiles of this device, else by one short
+    measurement of the smallest artifact and the MACs of the others. Raises what `profile` raises."""
+    setting = _setting(bundle, order, here)
+    with setting.inputs() as files:
+        jobs = setting.jobs(files)
+        found = _plan(setting, order.preset, jobs, read_profiles(profiles), setting.here.identity())
+        if found.expected_s is not None or setting.preset.sampling.sustain:
+            return found
+        smallest = min(jobs, key=lambda job: job.artifact.macs)
+        measured = launch(msgspec.structs.replace(smallest.request, sampling=_PROBE), patience_s=_PROBE_PATIENCE_S)
+        calls = [scaled(job, smallest.artifact, median(measured.latency_s)) for job in jobs]
+        return plan_of(order.preset, regimes(setting.preset.sampling), setting.preset, jobs, calls)
 
 
-def _chosen(bundle: Bundle, heads: Sequence[int] | None, precisions: Sequence[str] | None) -> list[Artifact]:
-    found = bundle.manifest.artifacts
-    chosen = [a for a in found if (not heads or a.heads in heads) and (not precisions or a.precision in precisions)]
-    absent = (
-        sorted(set(heads or ()) - {a.heads for a in chosen}),
-        sorted(set(precisions or ()) - {a.precision for a in chosen}),
-    )
-    if any(absent) or not chosen:
-        wanted = " and ".join([f"{count} heads" for count in absent[0]] + list(absent[1]))
-        names = ", ".join(artifact.name for artifact in found)
-        raise UsageError(f"{bundle.path}: no artifact of {wanted or 'these'}", hint=f"it has {names}")
-    return chosen
+def check_clean(cells: Sequence[Cell]) -> None:
+    """Raise InvalidError where a cell has a flag or could not be measured."""
+    told = [f"{cell.artifact}: {', '.join(cell.flags) or cell.error}" for cell in cells if cell.flags or cell.error]
+    if told:
+        raise InvalidError(
+            f"{len(told)} of {len(cells)} measurements are not clean: {'; '.join(told)}",
+            hint="they are kept; hydradeploy doctor says what to put right, then measure again",
+        )
 
 
-def _batch(artifact: Artifact) -> int:
-    return 1 if artifact.batch == "dynamic" else artifact.batch
+def _setting(bundle: Path, order: Order, here: Machine | None) -> _Setting:
+    preset = preset_of(order.preset, pace_hz=order.pace_hz, concurrency=order.concurrency, wall_s=order.max_time_s)
+    if order.threads is not None and (not order.threads or min(order.threads) < 1):
+        raise UsageError("threads must be at least 1")
+    runner = backend(order.backend)
+    here = here or machine(order.device, runner.processor)
+    if runner.processor not in here.processors:
+        raise MissingError(
+            f"no backend here computes on {here.kind}: {runner.name} does on {runner.processor}",
+            hint="measure the processor with --device cpu",
+        )
+    opened = open_bundle(bundle)
+    artifacts = chosen(opened, order.heads, order.precisions)
+    return _Setting(opened, artifacts, runner, here, sorted(set(order.threads or (here.cores(),))), preset)
+
+
+def _software() -> dict[str, str]:
+    return {name: version for found in usable() for name, version in found.software().items()}
+
+
+def _watching(kind: str, lock_clocks: bool) -> Watching:
+    return lambda: watching(kind, lock_clocks=lock_clocks)
+
+
+def _plan(setting: _Setting, name: str, jobs: Sequence[Job], known: Sequence[Stored], device: Device) -> Plan:
+    cells = [cell for s in reversed(known) if not s.profile.device.differences(device) for cell in s.profile.cells]
+    calls = [call_s(job, cells) for job in jobs]
+    return plan_of(name, regimes(setting.preset.sampling), setting.preset, jobs, calls)
 
 
 @contextmanager
-def _inputs(bundle: Bundle, sizes: set[int]) -> Iterator[Mapping[int, Path]]:
-    """Per batch size a file of batches: the golden images and their mirror images, so that inputs change."""
-    golden = bundle.golden().images
-    images = normalise(np.concatenate([golden, golden[:, :, ::-1]]), bundle.spec.preprocessing)
-    with ExitStack() as stack:
-        with environment("writing the images to measure with"):
-            directory = stack.enter_context(tempfile.TemporaryDirectory())
-            files = {}
-            for size in sizes:
-                count = max(2, -(-_IMAGES // size))
-                chosen = np.arange(count * size) % len(images)
-                files[size] = Path(directory, f"{size}.npy")
-                np.save(files[size], images[chosen].reshape(count, size, *images.shape[1:]))
-        yield files
+def _journal(
+    profiles: Path, header: journals.Header, resume: bool, force: bool, say: Callable[[str], None]
+) -> Iterator[journals.Journal]:
+    """The run's journal. What is in it stays whatever ends the run; one without entries goes."""
+    path = journals.journal_of(place_of(profiles, header.device, header.conditions))
+    if resume and not path.exists():
+        # Its name tells the conditions: under others it is another one, and says what has changed.
+        path = max(profiles.glob("*.jsonl"), key=lambda other: other.stat().st_mtime, default=path)
+    with journals.opened(path, header, resume=resume, force=force) as journal:
+        try:
+            yield journal
+        except BaseException:
+            if path.exists():
+                kept = len(journals.read(path)[1])
+                if kept:
+                    say(f"{path}: {kept} of {header.total} measurements are kept; go on with --resume")
+                else:
+                    journal.remove()
+            raise
 
 
-def _request(
-    bundle: Bundle, artifact: Artifact, runner: Backend, threads: int, batches: Path, sampling: Sampling
-) -> Request:
-    model = model_of(bundle, artifact, runner.dialect)
-    model = replace(model, graph=model.graph.resolve())
-    return Request(
-        backend=runner.name,
-        name=model.name,
-        graph=str(model.graph),
-        batch=model.batch,
-        image_shape=model.image_shape,
-        classes=model.classes,
-        extents=tuple((str(path.resolve()), offset, length) for path, offset, length in model.extents),
-        threads=threads,
-        batches=str(batches),
-        sampling=sampling,
-    )
-
-
-def _cell(job: _Job, processor: str, regime: str) -> Cell:
-    memory = [found.memory_bytes for found in job.found if found.memory_bytes is not None]
-    samples = [(value, number) for number, found in enumerate(job.found) for value in found.latency_s]
-    return Cell(
-        artifact=job.artifact.name,
-        graph_sha256=job.artifact.graph_sha256,
-        backend=job.request.backend,
-        processor=processor,
-        compute_type=job.artifact.precision,
-        input="float32",
-        batch=_batch(job.artifact),
-        threads=job.request.threads,
-        regime=regime,
-        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        latency_s=tuple(value for value, _ in samples),
-        process=tuple(number for _, number in samples),
-        load_s=tuple(found.load_s for found in job.found),
-        first_s=tuple(found.first_s for found in job.found),
-        memory_bytes=max(memory, default=None),
-        evidence={
-            "load_average": tuple(load for load in job.loads if load >= 0),
-            "warmup": tuple(float(found.warmup) for found in job.found),
-        },
-        error=job.error,
-    )
+def _tell_cost(watcher: Watch, say: Callable[[str], None]) -> None:
+    if not isinstance(watcher, Monitor):
+        return
+    if watcher.cost is None:
+        say(f"conditions are not watched: {watcher.why_not}")
+        return
+    share = show_percent(watcher.cost.share)
+    where = "the only core" if watcher.core is None else f"core {watcher.core}"
+    say(f"sensors: read every {show_seconds(watcher.interval_s)} on {where}, which takes {share} of it")

@@ -47,8 +47,9 @@ def test_a_profile_end_to_end_is_one_json_document_and_then_a_table(shared_bundl
     again = cli(*common, "--precision", "fp16")
     assert again.code == 0, again.err
     lines = list(filter(None, map(str.strip, again.out.splitlines())))
-    assert lines[0].split()[:3] == ["artifact", "threads", "p50"]
-    assert [line.split()[:2] for line in lines if line.startswith("h0")] == [["h02-fp16", "1"]]
+    assert lines[0] == "saturated, onnxruntime, cpu, 1 thread, batch 1"
+    assert lines[1].split()[:4] == ["artifact", "p50", "(95", "%)"]
+    assert [line.split()[0] for line in lines if line.startswith("h0")] == ["h02-fp16"] * 2
     assert lines[-1].startswith(f"{stored.path}: ")
     assert lines[-1].endswith("1 cells measured")
     now = {cell.artifact: cell for cell in read_profile(stored.path).profile.cells}
@@ -60,8 +61,8 @@ def test_a_profile_end_to_end_is_one_json_document_and_then_a_table(shared_bundl
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("--preset", "gentle"), 2, "error: no preset 'gentle'\nhint: one of quick, standard, gate"),
-        (("--device", "toaster"), 2, "error: no device kind 'toaster'\nhint: one of cpu"),
+        (("--preset", "gentle"), 2, "error: no preset 'gentle'\nhint: one of quick, standard, gate, sustained"),
+        (("--device", "toaster"), 2, "error: no device kind 'toaster'\nhint: one of jetson, cuda, cpu"),
         (("--backend", "abacus"), 2, "error: no backend 'abacus'\nhint: one of onnxruntime"),
         (("--threads", "0"), 2, "error: threads must be at least 1"),
         (("--threads", "two"), 2, "error: 'two' is not a list of counts"),
@@ -135,7 +136,7 @@ def test_a_cell_that_fails_is_told_and_the_others_are_kept(shared_bundle, tmp_pa
         "profile", "--bundle", shared_bundle, "--profiles", tmp_path / "p", "--heads", "2,3", "--precision", "fp32"
     )
     assert ran.code == 0, ran.err
-    assert "not measured: h03-fp32: the measuring process ended with signal 9: it said nothing\n" in ran.err
+    assert "not measured: h03-fp32: the measuring process ended with SIGKILL: it said nothing\n" in ran.err
     row = next(line for line in ran.out.splitlines() if "h03-fp32" in line)
     assert "failed" in row
     cells = {cell.artifact: cell for cell in read_profile(next((tmp_path / "p").glob("*.json"))).profile.cells}
@@ -148,7 +149,7 @@ def test_where_every_cell_fails_it_is_exit_8_with_the_reason(shared_bundle, tmp_
     ran = cli("profile", "--bundle", shared_bundle, "--profiles", tmp_path / "p", "--heads", "2")
     assert ran.code == 8
     assert "error: no cell could be measured: h02-fp" in ran.err
-    assert "signal 9" in ran.err
+    assert "SIGKILL" in ran.err
     assert "Traceback" not in ran.err
     assert files(tmp_path / "p") == []
 

@@ -7,17 +7,23 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
+from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import msgspec
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+import hydradeploy
 from hydradeploy.backends import Options
 from hydradeploy.backends.null import Null, VirtualClock
+from hydradeploy.devices import Machine
 from hydradeploy.devices.reading import Reading
 from hydradeploy.measurements import Conditions, Device
 from hydradeploy.profiler.child import Request
+from hydradeploy.profiler.profile import Order, Profiled
+from hydradeploy.profiler.rounds import Launch as Launching
 from hydradeploy.profiler.sampling import Measured, measure
 
 DEVICE = Device(
@@ -73,6 +79,12 @@ class Here:
 
     def lock_clocks(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+def profile(bundle: Path, profiles: Path, *, here: Machine, launch: Launching, **options: Any) -> Profiled:
+    """`profile` of a machine that is none; what is in an order is given by its names."""
+    order = {name: options.pop(name) for name in list(options) if name in Order.__dataclass_fields__}
+    return hydradeploy.profile(bundle, profiles, Order(**order), here=here, launch=launch, **options)
 
 
 Latencies = Callable[[Request], Iterable[float]]

@@ -1,0 +1,133 @@
+"""From the entries of a journal to the cells of a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+from hydradeploy.devices import Machine
+from hydradeploy.measurements import Cell, Conditions, Device
+from hydradeploy.profiler.flags import Flag, judge
+from hydradeploy.profiler.journal import Entry
+from hydradeploy.profiler.plan import Job, batch_of
+from hydradeploy.profiler.presets import regimes
+from hydradeploy.profiler.sampling import Measured
+from hydradeploy.stats.latency import bounds
+
+# A device's fans, governor and heat sink have hardly answered yet.
+BURST_S = 10.0
+
+
+def cells_of(job: Job, entries: Sequence[Entry], here: Machine, device: Device, began: Conditions) -> tuple[Cell, ...]:
+    """The cell of a job; of a sustained run two, the burst and what it settles at."""
+    return tuple(_cell(job, entries, regime, here, device, began) for regime in regimes(job.request.sampling))
+
+
+def _cell(job: Job, entries: Sequence[Entry], regime: str, here: Machine, device: Device, began: Conditions) -> Cell:
+    good = [entry for entry in entries if entry.measured is not None]
+    measured = [entry.measured for entry in good if entry.measured is not None]
+    samples = [(value, number) for number, found in enumerate(measured) for value in _samples(found, regime)]
+    latency_s, process = tuple(value for value, _ in samples), tuple(number for _, number in samples)
+    memory = [found.memory_bytes for found in measured if found.memory_bytes is not None]
+    flags = _flags(measured, good, latency_s, process, regime, device, began) if samples else ()
+    energies = [(entry.energy_j, len(found.latency_s)) for entry, found in zip(good, measured, strict=True)]
+    energy_j = _mean_energy(energies)
+    return Cell(
+        artifact=job.artifact.name,
+        graph_sha256=job.artifact.graph_sha256,
+        backend=job.request.backend,
+        processor=job.processor,
+        compute_type=job.artifact.precision,
+        input="float32",
+        batch=batch_of(job.artifact),
+        threads=job.request.threads,
+        regime=regime,
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        latency_s=latency_s,
+        process=process,
+        load_s=tuple(found.load_s for found in measured),
+        first_s=tuple(found.first_s for found in measured),
+        switch_s=tuple(value for found in measured for value in found.switch_s),
+        memory_bytes=max(memory, default=None),
+        energy_j=energy_j,
+        meter=here.meter() if energy_j is not None else None,
+        flags=tuple(dict.fromkeys(flag.name for flag in flags)),
+        remarks=tuple(flag.remark for flag in flags),
+        evidence=_evidence(good, measured),
+        missing=_missing(good, here, memory_known=bool(memory), energy_known=energy_j is not None),
+        error=next((entry.error for entry in entries if entry.error is not None), None),
+    )
+
+
+def _samples(found: Measured, regime: str) -> Sequence[float]:
+    """Those of a process that belong to a regime: of a sustained run the first seconds, or what was settled.
+
+    What was never settled is at least half of it warm.
+    """
+    samples = found.latency_s
+    if regime == "burst":
+        total = 0.0
+        for count, value in enumerate(samples):
+            total += value
+            if total > BURST_S and count:
+                return samples[:count]
+        return samples
+    if regime == "sustained":
+        return samples[len(samples) // 2 if found.settled_from is None else found.settled_from :]
+    return samples
+
+
+def _flags(
+    measured: Sequence[Measured],
+    good: Sequence[Entry],
+    latency_s: Sequence[float],
+    process: Sequence[int],
+    regime: str,
+    device: Device,
+    began: Conditions,
+) -> tuple[Flag, ...]:
+    spread = bounds(latency_s, process, 0.95, 0.95).spread
+    # A burst is measured before anything is steady, on purpose.
+    steady = [found.settled_from is not None if regime == "sustained" else found.steady for found in measured]
+    return judge(
+        [entry.evidence for entry in good],
+        cores=device.cores,
+        clocks=began.clocks,
+        spread=spread,
+        steady=() if regime == "burst" else steady,
+    )
+
+
+def _mean_energy(energies: Sequence[tuple[float | None, int]]) -> float | None:
+    """Joules per image over all processes that could tell, each by its calls."""
+    told = [(value, count) for value, count in energies if value is not None]
+    calls = sum(count for _, count in told)
+    return sum(value * count for value, count in told) / calls if told else None
+
+
+def _evidence(good: Sequence[Entry], measured: Sequence[Measured]) -> dict[str, tuple[float, ...]]:
+    found: dict[str, list[float]] = {"warmup": [float(m.warmup) for m in measured]}
+    steady = [m.steady for m in measured if m.steady is not None]
+    if steady:
+        found["steady"] = [float(value) for value in steady]
+    energies = [entry.energy_j for entry in good if entry.energy_j is not None]
+    if energies:
+        found["energy_j"] = energies
+    for entry in good:
+        for name, value in entry.evidence.items():
+            found.setdefault(name, []).append(value)
+    return {name: tuple(values) for name, values in found.items()}
+
+
+def _missing(good: Sequence[Entry], here: Machine, *, memory_known: bool, energy_known: bool) -> dict[str, str]:
+    found = dict(here.missing())
+    if not memory_known:
+        found.setdefault("memory", "the kernel does not say")
+    else:
+        found.pop("memory", None)
+    if not energy_known:
+        told = [entry.unmetered for entry in good if entry.unmetered is not None]
+        found["energy"] = told[0] if told else found.get("energy", "not measured")
+    if told := [entry.unwatched for entry in good if entry.unwatched is not None]:
+        found["conditions"] = told[0]
+    return found

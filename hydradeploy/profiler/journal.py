@@ -1,0 +1,213 @@
+"""What a profile run has measured so far, one JSON line per finished round of a cell, so that none of it is lost.
+
+    profiles/NAME.jsonl     while the run goes on, and after it was cut short; removed when the profile is written
+
+The first line says what the run is: device, conditions and plan; a run that goes on must be the same. A line is
+appended in one write and synced. A last line without its end is what a killed writer left, and is dropped; a damaged
+line before it is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from hydradeploy.errors import EnvironmentFailed, ForeignError, IntegrityError, UsageError, environment
+from hydradeploy.measurements import Conditions, Device
+from hydradeploy.profiler.presets import Preset, Target
+from hydradeploy.profiler.sampling import Measured
+from hydradeploy.spec import Record, decode
+
+SCHEMA = 1
+
+
+class Header(Record, frozen=True, kw_only=True):
+    """What a run is. `cells` are the keys of its cells, as `artifact graph_sha256 backend batch threads`."""
+
+    schema: int = SCHEMA
+    device: Device
+    conditions: Conditions
+    preset: Preset
+    target: Target
+    cells: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """How many measurements a whole run has."""
+        return self.preset.rounds * len(self.cells)
+
+    def check(self, now: Header, path: Path) -> None:
+        """Raise where a run `now` is not this one, naming what differs: ForeignError for another device or other
+        conditions, UsageError for another plan."""
+        changed = self.device.differences(now.device) + self.conditions.differences(now.conditions)
+        if changed:
+            raise ForeignError(
+                f"{path} was measured otherwise (there, here): {'; '.join(changed)}",
+                hint="put that back as it was and go on, or begin anew with --force",
+            )
+        others = [name for name in ("preset", "target", "cells") if getattr(self, name) != getattr(now, name)]
+        if others:
+            raise UsageError(
+                f"{path} is of another run: {', '.join(others)} differ",
+                hint="repeat the command it was begun with, or begin anew with --force",
+            )
+
+
+class Entry(Record, frozen=True, kw_only=True):
+    """One finished round of one cell: what its process measured, or why it failed.
+
+    `wall_s` is what it took from start to end, `evidence` the numbers of its conditions, `energy_j` joules per image,
+    `unmetered` why there are none, `unwatched` why there is no evidence.
+    """
+
+    round: int
+    cell: int
+    wall_s: float
+    measured: Measured | None = None
+    error: str | None = None
+    evidence: dict[str, float] = msgspec.field(default_factory=dict)
+    energy_j: float | None = None
+    unmetered: str | None = None
+    unwatched: str | None = None
+
+
+@dataclass(frozen=True)
+class Journal:
+    """An open journal, locked against a second run; `entries` are those of an earlier run that goes on."""
+
+    path: Path
+    entries: tuple[Entry, ...]
+    _descriptor: int
+
+    def add(self, entry: Entry) -> None:
+        """Append an entry; raises EnvironmentFailed, and then the journal is as it was."""
+        _append(self._descriptor, entry, self.path)
+
+    def remove(self) -> None:
+        """Its run is done."""
+        self.path.unlink(missing_ok=True)
+
+
+def journal_of(profile: Path) -> Path:
+    """The journal beside a profile's file."""
+    return profile.with_suffix(profile.suffix + "l")
+
+
+@contextmanager
+def opened(path: Path, header: Header, *, resume: bool, force: bool) -> Iterator[Journal]:
+    """The journal of a run that begins, or with `resume` goes on.
+
+    Raises UsageError where there is one already and neither `resume` nor `force` is given, where there is nothing to
+    resume, where it is of another plan, and where another process writes it; ForeignError where device or conditions
+    have changed; IntegrityError for a damaged one; EnvironmentFailed when the disk fails.
+    """
+    found = path.exists()
+    if resume and not found:
+        raise UsageError(f"{path}: nothing to resume", hint="measure without --resume")
+    if found and not resume and not force:
+        raise UsageError(
+            f"{path}: an earlier run was cut short", hint="go on with --resume, or begin anew with --force"
+        )
+    with environment(f"opening {path}"):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        _lock(descriptor, path)
+        entries: tuple[Entry, ...] = ()
+        if resume:
+            before, entries = _read(descriptor, path)
+            before.check(header, path)
+        else:
+            with environment(f"writing {path}"):
+                os.ftruncate(descriptor, 0)
+            try:
+                _append(descriptor, header, path)
+            except EnvironmentFailed:
+                path.unlink(missing_ok=True)
+                raise
+        yield Journal(path, entries, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> tuple[Header, tuple[Entry, ...]]:
+    """Header and entries of a journal; raises IntegrityError for a damaged one, OSError where it cannot be read."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _parse(_whole(descriptor), path)[:2]
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"{path}: another process is measuring", hint="wait for it; two would only disturb each other"
+        ) from error
+
+
+def _read(descriptor: int, path: Path) -> tuple[Header, tuple[Entry, ...]]:
+    """Header and entries, and the file cut to its last whole line."""
+    header, entries, length = _parse(_whole(descriptor), path)
+    with environment(f"writing {path}"):
+        os.ftruncate(descriptor, length)
+    return header, entries
+
+
+def _whole(descriptor: int) -> bytes:
+    parts = []
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    while part := os.read(descriptor, 1 << 20):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _parse(data: bytes, path: Path) -> tuple[Header, tuple[Entry, ...], int]:
+    """Header, entries, and how many bytes their whole lines take."""
+    length = data.rfind(b"\n") + 1
+    lines = data[:length].splitlines()
+    if not lines:
+        raise IntegrityError(f"{path}: not even its first line is whole", hint="begin anew with --force")
+    header = decode(lines[0], Header, f"{path}, line 1", SCHEMA)
+    entries = []
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            entries.append(msgspec.json.decode(line, type=Entry))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise IntegrityError(
+                f"{path}, line {number}: {error}", hint="remove that line, or begin anew with --force"
+            ) from error
+    _check(header, entries, path)
+    return header, tuple(entries), length
+
+
+def _check(header: Header, entries: Sequence[Entry], path: Path) -> None:
+    seen = set()
+    for entry in entries:
+        place = (entry.round, entry.cell)
+        known = 0 <= entry.round < header.preset.rounds and 0 <= entry.cell < len(header.cells)
+        if not known or place in seen or (entry.measured is None) == (entry.error is None):
+            raise IntegrityError(f"{path}: round {entry.round} of cell {entry.cell} is none of this run, or double")
+        seen.add(place)
+
+
+def _append(descriptor: int, record: Record, path: Path) -> None:
+    line = msgspec.json.encode(record) + b"\n"
+    end = os.lseek(descriptor, 0, os.SEEK_END)
+    with environment(f"writing {path}"):
+        try:
+            # A disk that is almost full takes a part; trying the rest gives the error that says so.
+            while line:
+                line = line[os.write(descriptor, line) :]
+            os.fsync(descriptor)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(descriptor, end)
+            raise
