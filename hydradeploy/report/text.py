@@ -4,35 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hydradeploy.measurements import Cell
 from hydradeploy.selector.answer import Answer, Picked
 from hydradeploy.selector.budget import percentile_name
 from hydradeploy.selector.regime import SATURATED
-from hydradeploy.stats.basics import median
-from hydradeploy.stats.latency import bounds
 from hydradeploy.units import show_bytes, show_percent, show_seconds, show_threads
 
-CELL_HEADER = ("artifact", "threads", "p50", "p95", "p95 at most", "samples", "worth", "first run", "load", "memory")
 DEVICE_HEADER = ("device", "verdict", "artifact", "p50", "at most", "top-1")
-
-
-def cell_row(cell: Cell) -> tuple[str, ...]:
-    """A measured cell below CELL_HEADER; `p95 at most` with 95 % confidence, n/a where the samples cannot carry it."""
-    if cell.error is not None:
-        return (cell.artifact, str(cell.threads), *("failed",) * (len(CELL_HEADER) - 2))
-    p50, p95 = (bounds(cell.latency_s, cell.process, level, 0.95) for level in (0.5, 0.95))
-    return (
-        cell.artifact,
-        str(cell.threads),
-        show_seconds(p50.estimate),
-        show_seconds(p95.estimate),
-        "n/a" if p95.upper is None else show_seconds(p95.upper),
-        str(p95.n),
-        f"{p95.n_effective:.0f}",
-        show_seconds(median(cell.first_s)),
-        show_seconds(median(cell.load_s)),
-        "not measured" if cell.memory_bytes is None else show_bytes(cell.memory_bytes),
-    )
 
 
 def answer_lines(answer: Answer, *, explain: bool = False) -> Iterator[str]:
