@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
@@ -91,11 +92,16 @@ def _flags(
     steady = [found.settled_from is not None if regime == "sustained" else found.steady for found in measured]
     return judge(
         [entry.evidence for entry in good],
-        cores=device.cores,
+        cores=_host_cores(device),
         clocks=began.clocks,
         spread=spread,
         steady=() if regime == "burst" else steady,
     )
+
+
+def _host_cores(device: Device) -> int:
+    """Those that others can keep busy; a GPU's are not."""
+    return device.cores if device.kind != "cuda" and device.cores else os.cpu_count() or 1
 
 
 def _mean_energy(energies: Sequence[tuple[float | None, int]]) -> float | None:
