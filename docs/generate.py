@@ -7,7 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("demo", "train", "import", "export", "evaluate", "profile", "pick", "verify", "pack", "run")
+COMMANDS = (
+    "demo",
+    "train",
+    "import",
+    "export",
+    "evaluate",
+    "doctor",
+    "profile",
+    "compare",
+    "pick",
+    "verify",
+    "pack",
+    "run",
+)
 TARGET = Path(__file__).with_name("cli.md")
 
 

@@ -450,7 +450,7 @@ def pick(
     request = Request(
         budget=_budget(latency or [], memory, energy, size, throughput, min_top1, confidence),
         prefer=cast("Any", prefer),
-        accept=tuple(filter(None, (accept or "").split(","))),
+        accept=_flags(accept),
         strict=strict,
         assume_larger_is_better=assume_larger,
         dataset=dataset,
@@ -492,6 +492,44 @@ def _budget(
         min_top1=None if min_top1 is None else parse(min_top1, FRACTION),
         confidence=parse(confidence, FRACTION),
     )
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A profile.")],
+    after: Annotated[Path, typer.Argument(help="A later one of the same device under the same conditions.")],
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(help="p95:+5%; also p50, mean, memory, energy, load. Several times for several. Default: p95:+5%"),
+    ] = None,
+    accept: Annotated[str | None, typer.Option(help="Flags to accept: throttled,contended.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown for a pull request.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fail where a device has become slower than it was.
+
+    A regression is over the limit and not by chance; it exits with 9. With 4 where more processes are needed to tell.
+    """
+    from hydradeploy.report import compare as shown
+    from hydradeploy.selector.compare import compare as call
+    from hydradeploy.selector.compare import exit_code, parse_rule
+
+    if markdown and as_json:
+        raise UsageError("--markdown and --json exclude each other", hint="choose one")
+    rules = tuple(map(parse_rule, fail_on or ("p95:+5%",)))
+    comparison = call(before, after, rules, accept=_flags(accept))
+    if as_json:
+        _print_json(comparison)
+    elif markdown:
+        print(shown.markdown(comparison), end="")
+    else:
+        _table(shown.HEADER, tuple(shown.rows(comparison)))
+        print("\n".join(shown.lines(comparison)))
+    raise typer.Exit(exit_code(comparison))
+
+
+def _flags(text: str | None) -> tuple[str, ...]:
+    return tuple(filter(None, (part.strip() for part in (text or "").split(","))))
 
 
 @app.command()
@@ -708,8 +746,8 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # Not a terminal: no wrapping at an imagined width.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    # Not a terminal: nothing is cut to an imagined width.
+    Console(width=None if sys.stdout.isatty() else 400).print(table)
 
 
 class _Reporter(Protocol):

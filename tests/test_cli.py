@@ -13,7 +13,20 @@ from hydradeploy import errors
 from hydradeploy.errors import EXIT_CODES, ExitCode
 from tests.conftest import Cli
 
-COMMANDS = ("demo", "train", "import", "export", "evaluate", "profile", "pick", "verify", "pack", "run")
+COMMANDS = (
+    "demo",
+    "train",
+    "import",
+    "export",
+    "evaluate",
+    "doctor",
+    "profile",
+    "compare",
+    "pick",
+    "verify",
+    "pack",
+    "run",
+)
 ROOT = Path(__file__).parents[1]
 
 
