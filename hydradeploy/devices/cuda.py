@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from hydradeploy.devices.claims import claimed, is_claimed
 from hydradeploy.devices.jetson import Jetson
 from hydradeploy.devices.linux import Linux
 from hydradeploy.devices.namespaces import in_first_pid_namespace
@@ -82,7 +83,6 @@ class Cuda:
     root: Path = Path("/")
     kind: str = "cuda"
     processors: tuple[str, ...] = ("cuda",)
-    _locked: bool = False
     _occupied_at_first: tuple[int, int | None] | None = None
 
     def why_not(self) -> str | None:
@@ -110,7 +110,7 @@ class Cuda:
     def conditions(self, software: Mapping[str, str]) -> Conditions:
         """The power mode is the limit of power, as `450 W`; the governor is that of the host's cores.
 
-        Clocks are `pinned` while this object pins them: NVML tells nobody whether somebody else did.
+        Clocks are `pinned` while a process of ours pins them: NVML tells nobody whether somebody else did.
         """
         limit = self.nvml.ask(
             "power_mode",
@@ -118,7 +118,7 @@ class Cuda:
             lambda nvml, gpu: f"{_above_0(nvml.nvmlDeviceGetEnforcedPowerLimit(gpu)) / 1e3:g} W",
         )
         found = self._linux.conditions({**software, **self._driver()}, limit)
-        return msgspec.structs.replace(found, clocks="pinned" if self._locked else "floating")
+        return msgspec.structs.replace(found, clocks="pinned" if is_claimed(self._clocks()) else "floating")
 
     def cores(self) -> int:
         return self._linux.cores()
@@ -184,21 +184,24 @@ class Cuda:
     def _pinned(self) -> Iterator[None]:
         ask, problems = self.nvml.ask, self.nvml.problems
         highest = ask("lock", lambda nvml, gpu: int(_above_0(nvml.nvmlDeviceGetMaxClockInfo(gpu, _SM))))
-        refused = highest is None
-        try:
-            if not refused:
-                refused = not ask(
-                    "lock", lambda nvml, gpu: not nvml.nvmlDeviceSetGpuLockedClocks(gpu, highest, highest)
-                )
-            if refused:
-                raise MissingError(f"the GPU's clocks cannot be pinned: {problems.pop('lock')}", hint=_UNPINNED)
-            self._locked = True
-            yield
-        finally:
-            self._locked = False
-            if not refused and not ask("unlock", lambda nvml, gpu: not nvml.nvmlDeviceResetGpuLockedClocks(gpu)):
-                still = f"the GPU's clocks are still locked: {problems.pop('unlock')}"
-                raise MissingError(still, hint="sudo nvidia-smi --reset-gpu-clocks")
+        with claimed(self._clocks()):
+            refused = highest is None
+            try:
+                if not refused:
+                    refused = not ask(
+                        "lock", lambda nvml, gpu: not nvml.nvmlDeviceSetGpuLockedClocks(gpu, highest, highest)
+                    )
+                if refused:
+                    raise MissingError(f"the GPU's clocks cannot be pinned: {problems.pop('lock')}", hint=_UNPINNED)
+                yield
+            finally:
+                if not refused and not ask("unlock", lambda nvml, gpu: not nvml.nvmlDeviceResetGpuLockedClocks(gpu)):
+                    still = f"the GPU's clocks are still locked: {problems.pop('unlock')}"
+                    raise MissingError(still, hint="sudo nvidia-smi --reset-gpu-clocks")
+
+    def _clocks(self) -> str:
+        """The name that whoever pins the clocks of this GPU holds."""
+        return f"the clocks of {self.nvml.ask('uuid', lambda nvml, gpu: text(nvml.nvmlDeviceGetUUID(gpu)))}"
 
     @cached_property
     def _linux(self) -> Linux:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -266,8 +268,8 @@ def test_the_functions_are_those_of_the_package():
 
 # Which GPU
 
-TWO = [Card(uuid="GPU-aaaa-1"), Card(uuid="GPU-aabb-2", capability=(8, 6))]
-UNLIKE = [Card(name="T400", uuid="GPU-1"), Card(name="RTX 4090", uuid="GPU-2")]
+TWO = [Card(uuid=f"GPU-aaaa-{OURS}"), Card(uuid=f"GPU-aabb-{OURS}")]
+UNLIKE = [Card(name="T400", uuid=f"GPU-1-{OURS}"), Card(name="RTX 4090", uuid=f"GPU-2-{OURS}")]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ UNLIKE = [Card(name="T400", uuid="GPU-1"), Card(name="RTX 4090", uuid="GPU-2")]
         (TWO, {"CUDA_VISIBLE_DEVICES": " 1 ,0"}, 1),
         (TWO, {"CUDA_VISIBLE_DEVICES": "0,-1,1"}, 0),
         (TWO, {"CUDA_VISIBLE_DEVICES": "GPU-aabb"}, 1),
-        (TWO, {"CUDA_VISIBLE_DEVICES": "GPU-aaaa-1,GPU-aabb-2"}, 0),
+        (TWO, {"CUDA_VISIBLE_DEVICES": f"GPU-aaaa-{OURS},GPU-aabb"}, 0),
         (UNLIKE, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, 0),
         (UNLIKE, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"}, 1),
         (UNLIKE, {"CUDA_VISIBLE_DEVICES": "GPU-2"}, 1),
@@ -302,7 +304,7 @@ def test_the_gpu_is_the_one_that_cuda_calls_0(cards, environment, chosen):
         (TWO, {"CUDA_VISIBLE_DEVICES": "none"}, "none of 2 GPUs"),
         (TWO, {"CUDA_VISIBLE_DEVICES": "GPU-aa"}, "fits 2 of 2 GPUs"),
         (TWO, {"CUDA_VISIBLE_DEVICES": "GPU-cc"}, "fits 0 of 2 GPUs"),
-        (TWO, {"CUDA_VISIBLE_DEVICES": "MIG-GPU-aaaa-1/1/0"}, "MIG"),
+        (TWO, {"CUDA_VISIBLE_DEVICES": "MIG-GPU-aaaa/1/0"}, "MIG"),
         ([Card(divided=1)], {}, "MIG"),
         (UNLIKE, {}, "CUDA_DEVICE_ORDER=PCI_BUS_ID"),
         (UNLIKE, {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, "CUDA_DEVICE_ORDER=PCI_BUS_ID"),
@@ -423,6 +425,27 @@ def test_clocks_are_locked_at_the_highest_and_free_after():
         assert library.cards[0].locked == (1980, 1980)
         assert found.conditions({}).clocks == "pinned"
     assert library.cards[0].locked is None
+    assert found.conditions({}).clocks == "floating"
+
+
+def test_clocks_that_another_process_of_ours_pins_are_known_to_be_pinned_until_it_ends_somehow():
+    found = cuda()
+    script = f"""
+import sys, time
+from hydradeploy.devices.claims import claimed
+with claimed("the clocks of {Card().uuid}"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            assert found.conditions({}).clocks == "pinned"
+            assert cuda(FakeNvml([Card(uuid="GPU-another")])).conditions({}).clocks == "floating"
+            with pytest.raises(MissingError, match="another process holds the clocks of GPU-"), found.lock_clocks():
+                pytest.fail("entered")
+        finally:
+            other.kill()
     assert found.conditions({}).clocks == "floating"
 
 
