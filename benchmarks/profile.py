@@ -14,6 +14,7 @@ from statistics import median
 from common import machine, stack, supernet_file, write_csv
 
 from hydradeploy import export, profile
+from hydradeploy.profiler.profile import Order
 from hydradeploy.stats.latency import bounds
 
 
@@ -25,7 +26,7 @@ def main() -> None:
         directory = Path(name)
         export(supernet_file(directory), directory / "bundle")
         started = time.perf_counter()
-        done = profile(directory / "bundle", directory / "profiles", preset=options.preset)
+        done = profile(directory / "bundle", directory / "profiles", Order(preset=options.preset))
         wall_s = time.perf_counter() - started
     print(f"{options.preset}: {wall_s:.0f} s")
     rows = []
