@@ -257,6 +257,8 @@ def _unfit(old: Cell, new: Cell, rule: Rule, accept: Sequence[str]) -> str | Non
         for flag in cell.flags:
             if flag in INVALID_FLAGS and flag not in accept:
                 return f"{side}: {said_of(cell, flag)[0]} (--accept {flag} takes it)"
+        if rule.figure == "energy" and old.meter != new.meter:
+            return f"by unlike meters: {old.meter or 'none'}, {new.meter or 'none'}"
         chains = _chains(cell, rule)
         if not chains:
             return f"{side}: {cell.missing.get(rule.figure, f'{rule.figure} was not measured')}"

@@ -6,7 +6,7 @@ Of few processes the percentiles of such draws are too narrow: of five, 95 % int
 So the interval is the observed figure and Student's quantile times the standard error of the draws on both sides
 (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 12.4), with the factor sqrt(n / (n - 1)) that
 draws of n lack (Hesterberg, What Teachers Should Know About the Bootstrap, 2015, section 3.2); all of it in
-logarithms, as latencies are positive and processes differ by factors. Simulated, these hold in 93 to 97 % of runs.
+logarithms, as latencies are positive and processes differ by factors. Simulated, these hold in 94 to 97 % of runs.
 
 For a percentile far in the tail few processes are no sample of what processes do; a bound (`stats.latency`) is.
 """

@@ -128,6 +128,12 @@ def test_a_regression_counts_before_what_cannot_be_told():
         (measured(), measured(), "p99:+5%", "before: p99 takes 299 samples, there are 100"),
         (measured(), measured(), "energy:+5%", "before: energy was not measured"),
         (measured(missing={"energy": "no meter"}), measured(), "energy:+5%", "before: no meter"),
+        (
+            measured(meter="VDD_IN, module", evidence={"energy_j": (1.0,) * 5}),
+            measured(meter="VDD_GPU", evidence={"energy_j": (1.0,) * 5}),
+            "energy:+5%",
+            "by unlike meters: VDD_IN, module, VDD_GPU",
+        ),
         (measured(), measured(memory_bytes=None), "memory:+5%", "after: memory was not measured"),
         (measured(load_s=(0.0,) * 5), measured(), "load:+5%", "before: load of 0"),
         (
@@ -303,7 +309,7 @@ def test_what_did_not_change_is_hardly_ever_a_regression(spread):
 
 
 def test_nor_is_it_where_many_cells_are_compared():
-    check_false_alarms(0.1, 60, 10)
+    check_false_alarms(0.1, 60, 20)
 
 
 def test_a_fifth_slower_is_found():
