@@ -20,13 +20,14 @@ from hydradeploy.exporter.export import export
 from hydradeploy.files import write_atomically
 from hydradeploy.measurements import read_profile
 from hydradeploy.profiler.profile import Order, profile
+from hydradeploy.report.cells import remark_lines
 from hydradeploy.report.picture import draw
 from hydradeploy.report.text import answer_lines
 from hydradeploy.selector.answer import Answer
 from hydradeploy.selector.budget import DEFAULT_LEVEL, Budget, LatencyLimit
 from hydradeploy.selector.choose import dominated
 from hydradeploy.selector.join import candidates
-from hydradeploy.selector.judge import Candidate
+from hydradeploy.selector.judge import INVALID_FLAGS, Candidate
 from hydradeploy.selector.pick import Request, pick
 from hydradeploy.training.recipe import preset_for
 from hydradeploy.training.train import train
@@ -82,11 +83,17 @@ def demo(
     found = candidates(opened.manifest.artifacts, read_accuracy(opened), read_profile(measured.stored.path).profile)
     for line in _table(found):
         say(f"  {line}")
+    # Whoever looks at a demo has other programs open: that is said, and no reason to end without a pick.
+    accept = tuple(flag for flag in INVALID_FLAGS if any(flag in cell.flags for cell in measured.cells))
+    for line in remark_lines(measured.cells):
+        if line.startswith(accept):
+            say(f"  {line}")
     answers = []
     for limit_s in budgets(found):
         budget = Budget(latency=(LatencyLimit(percentile=DEFAULT_LEVEL, limit_s=limit_s),))
-        say(f"> hydradeploy pick --latency {show_seconds(limit_s).replace(' ', '')}")
-        answers.append(pick(bundle, profiles, Request(budget)))
+        accepting = f" --accept {','.join(accept)}" if accept else ""
+        say(f"> hydradeploy pick --latency {show_seconds(limit_s).replace(' ', '')}{accepting}")
+        answers.append(pick(bundle, profiles, Request(budget, accept=accept)))
         for line in answer_lines(answers[-1]):
             say(f"  {line}")
     pick_file, picture = out / "pick.json", out / "accuracy-latency.png"
