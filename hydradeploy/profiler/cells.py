@@ -128,7 +128,7 @@ def _evidence(good: Sequence[Entry], measured: Sequence[Measured]) -> dict[str, 
 def _missing(good: Sequence[Entry], here: Machine, *, memory_known: bool, energy_known: bool) -> dict[str, str]:
     found = dict(here.missing())
     if not memory_known:
-        found.setdefault("memory", "the kernel does not say")
+        found.setdefault("memory", "it could not be read, or others gave back more than was taken")
     else:
         found.pop("memory", None)
     if not energy_known:

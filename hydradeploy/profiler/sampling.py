@@ -117,7 +117,7 @@ def measure(
             ended_s=taken.ended_s,
             switch_s=_switches(runner, other, options, caller, sampling.switches),
             settled_from=sampler.settled_from,
-            memory_bytes=None if before is None or after is None else after - before,
+            memory_bytes=_grown(before, after),
             facts={**session.facts(), **({} if overload is None else {"overload": overload})},
         )
 
@@ -210,6 +210,11 @@ class _Sampler:
             self.warm, self.look_at = self.settled(), now + _LOOK_S
         self.settled_from = self.windows.settled_from if self.warm else None
         return self.settled_from is None and now < self.began + how.settle_s
+
+
+def _grown(before: int | None, after: int | None) -> int | None:
+    """What the model took; None also where others gave back more of a memory that is counted as a whole."""
+    return None if before is None or after is None or after < before else after - before
 
 
 def _overload(calls: Calls, sampling: Sampling) -> str | None:

@@ -15,7 +15,7 @@ import msgspec
 
 from hydradeploy.bundle import AccuracyRow
 from hydradeploy.selector.budget import DEFAULT_LEVEL, Budget, Preference
-from hydradeploy.selector.judge import Candidate, Check, checks, combined, hopeless, possible
+from hydradeploy.selector.judge import FLAGS, Candidate, Check, checks, combined, hopeless, possible
 from hydradeploy.stats.proportions import mcnemar
 
 Verdict = Literal["pass", "infeasible", "inconclusive"]
@@ -56,7 +56,8 @@ class Choice:
 def choose(candidates: Sequence[Candidate], budget: Budget, rules: Rules = Rules()) -> Choice:
     """The first candidate in the order of preference that meets every limit with the budget's confidence.
 
-    Without one the verdict is `inconclusive` where more samples might give one, else `infeasible`.
+    Without one the verdict is `inconclusive` where more samples might give one, or measuring again undisturbed, else
+    `infeasible`.
     """
     needs_accuracy = rules.needs_accuracy(budget)
     usable = [c for c in candidates if c.refused(rules.accept, rules.strict, needs_accuracy) is None]
@@ -68,9 +69,29 @@ def choose(candidates: Sequence[Candidate], budget: Budget, rules: Rules = Rules
     undecided = [c for c in usable if not hopeless(c, budget)]
     is_open = (c for c in sorted(undecided, key=_excess(budget)) if combined(list(checks(c, budget))) == "open")
     nearest = next(is_open, None)
+    if nearest is None:
+        disturbed = [c for c in candidates if _disturbed(c, rules, needs_accuracy) and _undecided(c, budget)]
+        nearest = min(disturbed, key=_excess(budget), default=None)
     if nearest is not None:
         return Choice("inconclusive", nearest=nearest)
     return Choice("infeasible", nearest=min(usable, key=_excess(budget), default=None))
+
+
+def _disturbed(candidate: Candidate, rules: Rules, needs_accuracy: bool) -> bool:
+    """Whether nothing but its flags refuses a cell."""
+    return (
+        candidate.refused(rules.accept, rules.strict, needs_accuracy) is not None
+        and candidate.refused(FLAGS, False, needs_accuracy) is None
+    )
+
+
+def _undecided(candidate: Candidate, budget: Budget) -> bool:
+    """Whether a cell that was measured disturbed may meet the budget: what it takes of time and energy undisturbed is
+    not known, unless each single call was over the limit."""
+    if hopeless(candidate, budget):
+        return False
+    unmoved = ("memory", "size", "top-1")
+    return all(check.status != "missed" for check in checks(candidate, budget) if check.limit in unmoved)
 
 
 def meets(candidate: Candidate, budget: Budget) -> bool:

@@ -298,15 +298,28 @@ def test_a_knob_for_flags_adds_to_those_accepted(bare: World):
     bare.measured(
         bare.cell(2, flags=("throttled",)), bare.cell(3, 9 * MS), bare.cell(4, flags=("throttled", "contended"))
     )
-    (knob,) = [knob for knob in bare.json("--latency", "5ms", code=3)["knobs"] if "--accept" in knob]
+    (knob,) = [knob for knob in bare.json("--latency", "5ms", code=4)["knobs"] if "--accept" in knob]
     assert knob.endswith("--accept throttled")
     assert bare.json(*followed(["--latency", "5ms"], knob))["pick"]["artifact"] == "h02-fp32"
     bare.measured(bare.cell(2, 9 * MS))
     options = ["--latency", "5ms", "--accept", "throttled"]
-    (knob,) = [knob for knob in bare.json(*options, code=3)["knobs"] if "--accept" in knob]
+    (knob,) = [knob for knob in bare.json(*options, code=4)["knobs"] if "--accept" in knob]
     found = bare.json(*followed(options, knob))
     assert found["pick"]["artifact"] == "h04-fp32"
     assert {"measured while throttled", "measured while contended"} <= set(found["notes"])
+
+
+def test_what_was_measured_disturbed_decides_nothing(bare: World):
+    """Undisturbed it may be fast enough; only where no single call was, the answer is no."""
+    bare.evaluated()
+    remark = "contended: other programs kept 0.90 cores busy in 1 of 5 processes"
+    bare.measured(bare.cell(2, flags=("contended",), remarks=(remark,)), bare.cell(3, 9 * MS))
+    found = bare.json("--latency", "5ms", code=4)
+    assert (found["verdict"], found["nearest"]["artifact"], found["more_samples"]) == ("inconclusive", "h02-fp32", None)
+    said = bare.run("--latency", "5ms").out
+    assert "h02-fp32 may meet the budget" in said
+    assert f"nearest: h02-fp32: {remark} (--accept contended takes it)" in said
+    assert bare.json("--latency", "1us", code=3)["verdict"] == "infeasible"
 
 
 def test_a_knob_names_other_conditions_of_this_device(world: World):
