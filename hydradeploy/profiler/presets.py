@@ -99,6 +99,8 @@ def preset_of(name: str, *, pace_hz: float | None = None, concurrency: int = 1, 
     if concurrency < 1:
         raise UsageError("concurrency must be at least 1")
     preset = PRESETS[name]
+    if pace_hz is not None and pace_hz <= 0:
+        raise UsageError(f"a schedule of {pace_hz:g} calls a second has none", hint="for example --pace 30hz")
     if preset.sampling.sustain and wall_s is not None:
         raise UsageError("a sustained run takes the time it takes", hint="leave out --max-time")
     if preset.sampling.sustain and (pace_hz is not None or concurrency > 1):
@@ -134,6 +136,14 @@ class Pilot:
         """Seconds of a process that are not sampling."""
         return max(0.0, self.wall_s - self.call_s * len(self.measured.latency_s))
 
+    def least_s(self, sampling: Sampling) -> float:
+        """Seconds of sampling that no process stays below."""
+        return max(sampling.samples * self.call_s, min(sampling.seconds, sampling.at_most * self.call_s))
+
+    def process_s(self, sampling: Sampling, count: int) -> float:
+        """Seconds of a later process that takes so many samples or more."""
+        return self.overhead_s + max(count * self.call_s, self.least_s(sampling))
+
 
 def samples_after(preset: Preset, target: Target, pilots: Sequence[Pilot | None]) -> list[int]:
     """For each cell how many samples each process of the later rounds takes; fixed once, after the first round.
@@ -147,9 +157,9 @@ def samples_after(preset: Preset, target: Target, pilots: Sequence[Pilot | None]
     if preset.wall_s is None or not known:
         return wanted
     left = preset.wall_s - sum(p.wall_s for p, _ in known) - later * sum(p.overhead_s for p, _ in known)
-    share = _share(left / later, [(p.call_s, count) for p, count in known], least)
+    share = _share(left / later, known, preset.sampling)
     return [
-        count if pilot is None else max(least, min(count, int(share / pilot.call_s) if pilot.call_s else count))
+        count if pilot is None or share >= count * pilot.call_s else max(least, int(share / pilot.call_s))
         for pilot, count in zip(pilots, wanted, strict=True)
     ]
 
@@ -168,13 +178,14 @@ def _wanted(preset: Preset, target: Target, pilot: Pilot) -> int:
     return max(preset.sampling.samples, math.ceil(total / (preset.rounds - 1)))
 
 
-def _share(left_s: float, cells: Sequence[tuple[float, int]], least: int) -> float:
-    """The most seconds per process at which all cells, each with at least `least` samples, take `left_s` a round."""
+def _share(left_s: float, cells: Sequence[tuple[Pilot, int]], sampling: Sampling) -> float:
+    """The most seconds per process at which all cells, none for longer than its count takes, stay within `left_s` a
+    round; 0 where not even the least does."""
 
     def takes(share: float) -> float:
-        return sum(call_s * max(least, min(count, share / call_s)) for call_s, count in cells if call_s)
+        return sum(max(p.least_s(sampling), min(count * p.call_s, share)) for p, count in cells)
 
-    low, high = 0.0, max((call_s * count for call_s, count in cells), default=0.0)
+    low, high = 0.0, max(count * pilot.call_s for pilot, count in cells)
     if takes(high) <= left_s:
         return high
     for _ in range(50):

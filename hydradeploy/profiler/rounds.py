@@ -164,7 +164,7 @@ class Rounds:
         ]
         counts = samples_after(self.preset, self.target, pilots)
         told = [
-            (self.preset.rounds - 1) * (pilot.overhead_s + count * pilot.call_s)
+            (self.preset.rounds - 1) * pilot.process_s(self.preset.sampling, count)
             for pilot, count in zip(pilots, counts, strict=True)
             if pilot is not None
         ]
