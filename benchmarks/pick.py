@@ -24,7 +24,7 @@ from hydradeploy import export
 from hydradeploy.bundle import AccuracyRow, Artifact, Bundle, write_accuracy
 from hydradeploy.devices import machine as device
 from hydradeploy.measurements import Cell, Profile, add_profile
-from hydradeploy.profiler.profile import PRESETS
+from hydradeploy.profiler.presets import PRESETS
 from hydradeploy.selector.budget import Budget, LatencyLimit
 from hydradeploy.selector.choose import choose
 from hydradeploy.selector.judge import Candidate

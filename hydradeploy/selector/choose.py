@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
 
 import msgspec
@@ -62,7 +64,7 @@ def choose(candidates: Sequence[Candidate], budget: Budget, rules: Rules = Rules
     needs_accuracy = rules.needs_accuracy(budget)
     usable = [c for c in candidates if c.refused(rules.accept, rules.strict, needs_accuracy) is None]
     likely = [c for c in usable if possible(c, budget)]
-    meeting = (c for c in sorted(likely, key=_preference(rules, budget)) if meets(c, budget))
+    meeting = (c for c in _ranked(likely, rules, budget) if meets(c, budget))
     pick = next(meeting, None)
     if pick is not None:
         return Choice("pass", pick, runner_up=next(meeting, None), cheaper=_cheaper(pick, likely, budget))
@@ -80,7 +82,8 @@ def choose(candidates: Sequence[Candidate], budget: Budget, rules: Rules = Rules
 def _disturbed(candidate: Candidate, rules: Rules, needs_accuracy: bool) -> bool:
     """Whether nothing but its flags refuses a cell."""
     return (
-        candidate.refused(rules.accept, rules.strict, needs_accuracy) is not None
+        bool(candidate.cell.flags)
+        and candidate.refused(rules.accept, rules.strict, needs_accuracy) is not None
         and candidate.refused(FLAGS, False, needs_accuracy) is None
     )
 
@@ -142,8 +145,8 @@ def dominated(candidates: Sequence[Candidate], level: float = DEFAULT_LEVEL) -> 
     return found
 
 
-def _preference(rules: Rules, budget: Budget) -> Callable[[Candidate], tuple[float, ...]]:
-    """What to sort by, the best first; among equals the fastest."""
+def _ranked(candidates: Sequence[Candidate], rules: Rules, budget: Budget) -> Iterator[Candidate]:
+    """The best first; among equals the fastest. Those are told apart only when their turn comes: a mean takes time."""
 
     def accuracy(candidate: Candidate) -> float:
         if rules.larger_is_better:
@@ -154,15 +157,16 @@ def _preference(rules: Rules, budget: Budget) -> Callable[[Candidate], tuple[flo
         return math.inf if value is None else value
 
     keys: dict[Preference, Callable[[Candidate], float]] = {
+        "accuracy": accuracy,
         "latency": lambda c: c.estimate_s(budget.level),
         "energy": lambda c: amount(c.cell.energy_j),
         "memory": lambda c: amount(c.cell.memory_bytes),
         "size": lambda c: c.artifact.size_bytes,
     }
-    if rules.prefer == "accuracy":
-        return lambda c: (accuracy(c), c.mean_s)
     first = keys[rules.prefer]
-    return lambda c: (first(c), accuracy(c), c.mean_s)
+    ordered = sorted([(first(c), accuracy(c), place) for place, c in enumerate(candidates)])
+    for _, equals in groupby(ordered, key=itemgetter(0, 1)):
+        yield from sorted((candidates[place] for _, _, place in equals), key=lambda c: c.mean_s)
 
 
 def _cheaper(pick: Candidate, likely: Sequence[Candidate], budget: Budget) -> Candidate | None:
@@ -176,7 +180,8 @@ def _cheaper(pick: Candidate, likely: Sequence[Candidate], budget: Budget) -> Ca
             verdicts[key] = significantly_less(candidate.accuracy, pick.accuracy)
         return verdicts[key] is False
 
-    faster = sorted((c for c in likely if c.mean_s < mean_s and comparable(c)), key=lambda c: c.mean_s)
+    means = [(c.mean_s, place) for place, c in enumerate(likely) if comparable(c)]
+    faster = (likely[place] for mean, place in sorted(means) if mean < mean_s)
     return next((c for c in faster if meets(c, budget)), None)
 
 
