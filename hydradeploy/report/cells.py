@@ -183,11 +183,9 @@ def _p50(cell: Cell) -> str:
 
 
 def _percentile(cell: Cell, level: float) -> str:
-    """The observed one, or why so few samples cannot show it."""
+    """The observed one, or how many samples it takes to see it; what they are worth stands beside it."""
     found, needed = bounds_of(cell, level, CONFIDENCE), samples_needed(level, CONFIDENCE)
-    if found.n < needed:
-        return f"n/a (n<{needed})"
-    return f"n/a (worth<{needed})" if found.n_effective < needed else show_seconds(found.estimate)
+    return f"n/a (n<{needed})" if found.n < needed else show_seconds(found.estimate)
 
 
 def _at_most(cell: Cell) -> str:
