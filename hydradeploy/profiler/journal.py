@@ -10,8 +10,9 @@ line before it is refused.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,24 @@ class Entry(Record, frozen=True, kw_only=True):
     unmetered: str | None = None
     unwatched: str | None = None
 
+    def __post_init__(self) -> None:
+        if (self.measured is None) == (self.error is None):
+            raise ValueError("it is either measured or has an error")
+        times = (self.measured.load_s, self.measured.first_s, *self.measured.switch_s) if self.measured else ()
+        if not all(0 <= value < math.inf for value in (*times, self.wall_s, self.energy_j or 0.0)):
+            raise ValueError("load_s, first_s, switch_s, wall_s and energy_j must be finite and not negative")
+        if self.measured is not None:
+            _check_samples(self.measured)
+
+
+def _check_samples(found: Measured) -> None:
+    """As a profile's file does, so that what is in a journal can be in one."""
+    samples = found.latency_s
+    if not samples or math.isnan(sum(samples)) or not 0 < min(samples) <= max(samples) < math.inf:
+        raise ValueError("latency_s must be positive and finite, at least one")
+    if (found.memory_bytes or 0) < 0 or not 0 <= (found.settled_from or 0) < len(samples):
+        raise ValueError("memory_bytes must not be negative, settled_from one of the samples")
+
 
 @dataclass(frozen=True)
 class Journal:
@@ -107,29 +126,16 @@ def opened(path: Path, header: Header, *, resume: bool, force: bool) -> Iterator
     resume, where it is of another plan, and where another process writes it; ForeignError where device or conditions
     have changed; IntegrityError for a damaged one; EnvironmentFailed when the disk fails.
     """
-    found = path.exists()
-    if resume and not found:
-        raise UsageError(f"{path}: nothing to resume", hint="measure without --resume")
-    if found and not resume and not force:
-        raise UsageError(
-            f"{path}: an earlier run was cut short", hint="go on with --resume, or begin anew with --force"
-        )
     with environment(f"opening {path}"):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        descriptor = _open(path, make=not resume)
     try:
-        _lock(descriptor, path)
-        entries: tuple[Entry, ...] = ()
+        with environment(f"reading {path}"):
+            data = _whole(descriptor)
         if resume:
-            before, entries = _read(descriptor, path)
-            before.check(header, path)
+            entries = _resumed(descriptor, data, header, path)
         else:
-            with environment(f"writing {path}"):
-                os.ftruncate(descriptor, 0)
-            try:
-                _append(descriptor, header, path)
-            except EnvironmentFailed:
-                path.unlink(missing_ok=True)
-                raise
+            _begun(descriptor, data, header, path, force)
+            entries = ()
         yield Journal(path, entries, descriptor)
     finally:
         os.close(descriptor)
@@ -144,21 +150,60 @@ def read(path: Path) -> tuple[Header, tuple[Entry, ...]]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(
-            f"{path}: another process is measuring", hint="wait for it; two would only disturb each other"
-        ) from error
+def _open(path: Path, *, make: bool) -> int:
+    """The file, locked; not one that its own run has removed meanwhile. Raises UsageError where there is none and it is
+    not to be made, or where another process has it."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if make else 0), 0o666)
+        except FileNotFoundError as error:
+            if make:
+                raise
+            raise _nothing(path) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise UsageError(
+                f"{path}: another process is measuring", hint="wait for it; two would only disturb each other"
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
-def _read(descriptor: int, path: Path) -> tuple[Header, tuple[Entry, ...]]:
-    """Header and entries, and the file cut to its last whole line."""
-    header, entries, length = _parse(_whole(descriptor), path)
+def _nothing(path: Path) -> UsageError:
+    return UsageError(f"{path}: nothing to resume", hint="measure without --resume")
+
+
+def _resumed(descriptor: int, data: bytes, header: Header, path: Path) -> tuple[Entry, ...]:
+    """The entries of a run that goes on; the file is cut to its last whole line."""
+    if b"\n" not in data:  # killed before it had a first line
+        raise _nothing(path)
+    before, entries, length = _parse(data, path)
+    before.check(header, path)
     with environment(f"writing {path}"):
         os.ftruncate(descriptor, length)
-    return header, entries
+    return entries
+
+
+def _begun(descriptor: int, data: bytes, header: Header, path: Path, force: bool) -> None:
+    """Write the first line."""
+    if b"\n" in data and not force:
+        raise UsageError(
+            f"{path}: an earlier run was cut short", hint="go on with --resume, or begin anew with --force"
+        )
+    with environment(f"writing {path}"):
+        os.ftruncate(descriptor, 0)
+    try:
+        _append(descriptor, header, path)
+    except EnvironmentFailed:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _whole(descriptor: int) -> bytes:
@@ -172,30 +217,29 @@ def _whole(descriptor: int) -> bytes:
 def _parse(data: bytes, path: Path) -> tuple[Header, tuple[Entry, ...], int]:
     """Header, entries, and how many bytes their whole lines take."""
     length = data.rfind(b"\n") + 1
-    lines = data[:length].splitlines()
-    if not lines:
+    if not length:
         raise IntegrityError(f"{path}: not even its first line is whole", hint="begin anew with --force")
-    header = decode(lines[0], Header, f"{path}, line 1", SCHEMA)
-    entries = []
-    for number, line in enumerate(lines[1:], 2):
+    first, *lines = data[: length - 1].split(b"\n")
+    header = decode(first, Header, f"{path}, line 1", SCHEMA)
+    entries: list[Entry] = []
+    seen: set[tuple[int, int]] = set()
+    for number, line in enumerate(lines, 2):
         try:
-            entries.append(msgspec.json.decode(line, type=Entry))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            entry = msgspec.json.decode(line, type=Entry)
+            _check_place(header, entry, seen)
+        except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
             raise IntegrityError(
                 f"{path}, line {number}: {error}", hint="remove that line, or begin anew with --force"
             ) from error
-    _check(header, entries, path)
+        entries.append(entry)
+        seen.add((entry.round, entry.cell))
     return header, tuple(entries), length
 
 
-def _check(header: Header, entries: Sequence[Entry], path: Path) -> None:
-    seen = set()
-    for entry in entries:
-        place = (entry.round, entry.cell)
-        known = 0 <= entry.round < header.preset.rounds and 0 <= entry.cell < len(header.cells)
-        if not known or place in seen or (entry.measured is None) == (entry.error is None):
-            raise IntegrityError(f"{path}: round {entry.round} of cell {entry.cell} is none of this run, or double")
-        seen.add(place)
+def _check_place(header: Header, entry: Entry, seen: Collection[tuple[int, int]]) -> None:
+    known = 0 <= entry.round < header.preset.rounds and 0 <= entry.cell < len(header.cells)
+    if not known or (entry.round, entry.cell) in seen:
+        raise ValueError(f"round {entry.round} of cell {entry.cell} is {'double' if known else 'none of this run'}")
 
 
 def _append(descriptor: int, record: Record, path: Path) -> None:
