@@ -100,7 +100,6 @@ class Rounds:
         for number in range(self.preset.rounds):
             if number == 1:
                 requests = self._after_the_pilot([entries.get((0, cell)) for cell in range(len(self.jobs))])
-            self._check_conditions()
             for cell in self._order(number):
                 self.report("measuring", len(entries), total)
                 if (number, cell) in entries:
@@ -108,6 +107,7 @@ class Rounds:
                 entry = self._failed_before(entries, number, cell)
                 if entry is None:
                     entry = self._one(number, cell, requests[cell], idle)
+                    self._check_conditions()  # what they changed during is not kept
                     journal.add(entry)
                 entries[number, cell] = entry
         self.report("measuring", total, total)
