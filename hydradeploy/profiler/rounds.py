@@ -74,7 +74,7 @@ Watching = Callable[[], AbstractContextManager[Watch]]
 
 @dataclass(frozen=True)
 class Rounds:
-    """A run that is set up. `software` are the runtimes' versions, `began` the conditions that must not change."""
+    """A run that is set up. `began` are the conditions that must not change."""
 
     jobs: Sequence[Job]
     preset: Preset
