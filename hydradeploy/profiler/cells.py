@@ -88,15 +88,20 @@ def _flags(
     began: Conditions,
 ) -> tuple[Flag, ...]:
     spread = bounds(latency_s, process, 0.95, 0.95).spread
-    # A burst is measured before anything is steady, on purpose.
+    overloads = [found.facts["overload"] for found in measured if "overload" in found.facts]
+    # A burst is measured before anything is steady, on purpose; what queues up never is, for a reason of its own.
     steady = [found.settled_from is not None if regime == "sustained" else found.steady for found in measured]
-    return judge(
+    flags = judge(
         [entry.evidence for entry in good],
         cores=_host_cores(device),
         clocks=began.clocks,
         spread=spread,
-        steady=() if regime == "burst" else steady,
+        steady=() if regime == "burst" or overloads else steady,
     )
+    if overloads:
+        where = f"{len(overloads)} of {len(measured)} processes"
+        flags = (*flags, Flag("noisy", f"noisy: calls queued up in {where}, as {overloads[0]}"))
+    return flags
 
 
 def _host_cores(device: Device) -> int:
