@@ -327,7 +327,8 @@ def profile(
     percentile: Annotated[str, typer.Option(help="Take samples for this one.")] = "p95",
     confidence: Annotated[str, typer.Option(help="And with this confidence.")] = "95%",
     max_time: Annotated[
-        str | None, typer.Option(help="Cut samples to fit, 10min. Default: 2min for quick, 30 and 60 for the others.")
+        str | None,
+        typer.Option(help="Cut samples to fit, 10min. Default: 135s for quick, 30min and 60min for the others."),
     ] = None,
     lock_clocks: Annotated[
         bool, typer.Option("--lock-clocks", help="Pin the clocks meanwhile, and put them back. Takes root.")
