@@ -296,7 +296,7 @@ def test_processes_whose_energy_is_not_known_do_not_count(shared_bundle, tmp_pat
 NO_ENERGY = {
     "idle power not known": (powers(12.0, idle_w=None), {}, "no readings"),
     "below idling": (powers(4.0), {}, "not above idle: 4.00 W while measuring, 5.00 W before"),
-    "too short": (powers(12.0), {"preset": "quick"}, "0.38 s are too short for a meter, it takes 1 s"),
+    "too short": (powers(12.0), {"preset": "quick"}, "0.50 s are too short for a meter, it takes 1 s"),
     "no meter read while idling": (
         lambda number, started_s, ended_s: around(started_s, ended_s, busy_s=1.0),
         {},
