@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from hydradeploy.bundle import Artifact, Bundle
 from hydradeploy.errors import UsageError
 from hydradeploy.measurements import Cell
 from hydradeploy.profiler.child import Opened, Request
-from hydradeploy.profiler.presets import Preset
+from hydradeploy.profiler.presets import Preset, Target, regimes, samples_wanted
 from hydradeploy.spec import Record
 from hydradeploy.stats.basics import median
 from hydradeploy.units import show_duration, show_seconds
@@ -149,12 +150,10 @@ def _opened(bundle: Bundle, artifact: Artifact, runner: Backend) -> Opened:
     )
 
 
-def plan_of(
-    name: str, regimes: tuple[str, ...], preset: Preset, jobs: Sequence[Job], calls: Sequence[float | None]
-) -> Plan:
+def plan_of(name: str, preset: Preset, target: Target, jobs: Sequence[Job], calls: Sequence[float | None]) -> Plan:
     """The plan of these jobs, of whose calls is known how many seconds each should take, or None."""
     least = preset.sampling.samples
-    aim = max(least, round(preset.samples / preset.rounds))
+    aim = max(least, math.ceil(samples_wanted(preset, target) / preset.rounds))
     cells = tuple(
         PlannedCell(
             artifact=job.artifact.name,
@@ -174,7 +173,7 @@ def plan_of(
         expected = sum(process_s(preset, call, aim) for call in told) * preset.rounds
         expected = max(shortest, min(expected, preset.wall_s or expected))
     longest = len(jobs) * preset.rounds * preset.sampling.settle_s if preset.sampling.sustain else preset.wall_s
-    return Plan(preset=name, regimes=regimes, cells=cells, expected_s=expected, at_most_s=longest)
+    return Plan(preset=name, regimes=regimes(preset.sampling), cells=cells, expected_s=expected, at_most_s=longest)
 
 
 def process_s(preset: Preset, call_s: float, samples: int) -> float:
@@ -184,7 +183,7 @@ def process_s(preset: Preset, call_s: float, samples: int) -> float:
     warmup = 3 * call_s + max(sampling.warmup * call_s, sampling.warmup_s)
     spacing = max(call_s, 1 / sampling.pace_hz) if sampling.pace_hz else call_s
     switches = 2 * sampling.switches * call_s + (3 * call_s if sampling.switches else 0.0)
-    return _START_S + warmup + max(samples * spacing, sampling.seconds) + switches
+    return _START_S + warmup + max(samples * spacing, min(sampling.seconds, sampling.at_most * spacing)) + switches
 
 
 def call_s(job: Job, known: Sequence[Cell]) -> float | None:

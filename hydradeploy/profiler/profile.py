@@ -23,7 +23,7 @@ from hydradeploy.profiler.inputs import batches
 from hydradeploy.profiler.monitor import Watch as Monitor
 from hydradeploy.profiler.monitor import watching
 from hydradeploy.profiler.plan import Job, Plan, batch_of, call_s, chosen, jobs_of, plan_of, scaled, sentence
-from hydradeploy.profiler.presets import Preset, Target, preset_of, regimes
+from hydradeploy.profiler.presets import Preset, Target, preset_of
 from hydradeploy.profiler.rounds import Clock, Launch, Report, Rounds, Unwatched, Watch, Watching
 from hydradeploy.profiler.sampling import Sampling
 from hydradeploy.stats.basics import median
@@ -115,7 +115,7 @@ def profile(
         _tell_cost(watcher, say)
         device, began = setting.here.identity(), setting.here.conditions(_software())
         jobs = setting.jobs(files)
-        say(sentence(_plan(setting, order.preset, jobs, known, device)))
+        say(sentence(_plan(setting, order, jobs, known, device)))
         header = journals.Header(
             device=device,
             conditions=began,
@@ -154,13 +154,13 @@ def plan(
     setting = _setting(bundle, order, here)
     with setting.inputs() as files:
         jobs = setting.jobs(files)
-        found = _plan(setting, order.preset, jobs, read_profiles(profiles), setting.here.identity())
+        found = _plan(setting, order, jobs, read_profiles(profiles), setting.here.identity())
         if found.expected_s is not None or setting.preset.sampling.sustain:
             return found
         smallest = min(jobs, key=lambda job: job.artifact.macs)
         measured = launch(msgspec.structs.replace(smallest.request, sampling=_PROBE), patience_s=_PROBE_PATIENCE_S)
         calls = [scaled(job, smallest.artifact, median(measured.latency_s)) for job in jobs]
-        return plan_of(order.preset, regimes(setting.preset.sampling), setting.preset, jobs, calls)
+        return plan_of(order.preset, setting.preset, order.target, jobs, calls)
 
 
 def check_clean(cells: Sequence[Cell]) -> None:
@@ -197,10 +197,10 @@ def _watching(kind: str, lock_clocks: bool) -> Watching:
     return lambda: watching(kind, lock_clocks=lock_clocks)
 
 
-def _plan(setting: _Setting, name: str, jobs: Sequence[Job], known: Sequence[Stored], device: Device) -> Plan:
+def _plan(setting: _Setting, order: Order, jobs: Sequence[Job], known: Sequence[Stored], device: Device) -> Plan:
     cells = [cell for s in reversed(known) if not s.profile.device.differences(device) for cell in s.profile.cells]
     calls = [call_s(job, cells) for job in jobs]
-    return plan_of(name, regimes(setting.preset.sampling), setting.preset, jobs, calls)
+    return plan_of(order.preset, setting.preset, order.target, jobs, calls)
 
 
 @contextmanager
