@@ -58,8 +58,17 @@ def tables(cells: Sequence[Cell]) -> Iterator[Table]:
 
 
 def remark_lines(cells: Sequence[Cell]) -> Iterator[str]:
-    """Each flag with its evidence, once, and of which cells where it is not all."""
-    found = [(said, cell) for cell in cells for flag in cell.flags for said in said_of(cell, flag)]
+    """Each flag with its evidence, once, and of which cells where it is not all.
+
+    But for how much processes differ, which is a column of the table.
+    """
+    found = [
+        (said, cell)
+        for cell in cells
+        for flag in cell.flags
+        for said in said_of(cell, flag)
+        if not said.startswith("noisy: processes differ")
+    ]
     yield from _grouped(found, cells)
 
 
