@@ -31,9 +31,9 @@ from hydradeploy.units import show_duration
 Report = Callable[[str, int, int], None]
 Clock = Callable[[], float]
 
-# A process that takes this many times as long as it should hangs.
+# A process that takes this many times as long as it should hangs; 60 calls of half a minute each do not.
 _PATIENCE = 20
-_PATIENCE_S = 600.0
+_PATIENCE_S = 1800.0
 _IDLE_S = 3.0
 
 
