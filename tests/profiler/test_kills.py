@@ -161,7 +161,7 @@ def test_a_run_that_is_killed_again_and_again_goes_on_to_the_end(runs: Runs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runs", ["2,4"], indirect=True)
-def test_two_hundred_kills_at_random_moments(runs: Runs, record_property):
+def test_two_hundred_kills_at_random_moments(runs: Runs):
     """A run that was killed goes on; one that got to its end is compared with one that was never killed."""
     began = time.monotonic()
     whole = runs.complete()
@@ -191,8 +191,7 @@ def test_two_hundred_kills_at_random_moments(runs: Runs, record_property):
     cells = runs.complete()
     assert {cell.key for cell in cells} == {cell.key for cell in whole}
     check_whole(cells, runs.heads)
-    record_property("ends", ends)
-    assert ends > 5
+    assert ends > 5, "runs got to their end too"
 
 
 @pytest.mark.parametrize("runs", ["2"], indirect=True)
