@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import textwrap
@@ -21,7 +20,7 @@ from hydradeploy.profiler.journal import Entry, Header, journal_of, opened, read
 from hydradeploy.profiler.presets import PRESETS, Target
 from hydradeploy.profiler.sampling import Measured
 from tests.conftest import missing
-from tests.profiler.virtual import CONDITIONS, DEVICE
+from tests.profiler.virtual import CONDITIONS, DEVICE, largest_file
 
 CELLS = tuple(f"h{heads:02d}-fp32 {heads:064x} onnxruntime batch 1 threads 2" for heads in (2, 3, 4))
 HEADER = Header(device=DEVICE, conditions=CONDITIONS, preset=PRESETS["quick"], target=Target(), cells=CELLS)
@@ -362,17 +361,6 @@ def test_a_journal_removed_by_its_run_while_another_waits_at_it_is_not_written_t
     late.done = False  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match="nothing to resume"):
         resumed(path)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file of this process grows beyond that."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("room", [0, 1, 100])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
-import resource
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, count, repeat
 from pathlib import Path
@@ -30,7 +29,7 @@ from hydradeploy.profiler.child import Request
 from hydradeploy.profiler.presets import PRESETS
 from hydradeploy.stats.latency import bounds
 from tests.conftest import missing
-from tests.profiler.virtual import CONDITIONS, DEVICE, LAWS, Here, Launch, Law, profile
+from tests.profiler.virtual import CONDITIONS, DEVICE, LAWS, Here, Launch, Law, largest_file, profile
 
 NAMES = [f"h{heads:02d}-{precision}" for heads in range(2, 7) for precision in ("fp32", "fp16")]
 QUICK = PRESETS["quick"]
@@ -419,17 +418,6 @@ def test_a_damaged_profile_is_refused_and_left_as_it_is(shared_bundle, tmp_path,
         profile(shared_bundle, tmp_path, heads=(2,), launch=Launch(), here=Here())
     assert stored.path.read_bytes() == damage
     assert files(tmp_path) == [stored.path.name]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file of this process grows beyond that, as on a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_profile_that_cannot_be_written_to_its_end_leaves_the_one_before(shared_bundle, tmp_path):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -85,6 +86,17 @@ def profile(bundle: Path, profiles: Path, *, here: Machine, launch: Launching, *
     """`profile` of a machine that is none; what is in an order is given by its names."""
     order = {name: options.pop(name) for name in list(options) if name in Order.__dataclass_fields__}
     return hydradeploy.profile(bundle, profiles, Order(**order), here=here, launch=launch, **options)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file of this process grows beyond that, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 Latencies = Callable[[Request], Iterable[float]]
