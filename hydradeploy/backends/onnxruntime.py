@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ from hydradeploy.bundle import Dialect
 from hydradeploy.errors import MissingError
 
 _ERRORS_ONLY = 3
+# Its telemetry is on by default, with a database in the home directory. To be set before the package is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 class _Session:

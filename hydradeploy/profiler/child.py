@@ -19,19 +19,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-import hydradeploy
 from hydradeploy.backends import Model, Options, backend
 from hydradeploy.bundle import Batch, Extent
 from hydradeploy.devices import machine
 from hydradeploy.errors import HydraError, MissingError
 from hydradeploy.profiler.sampling import Measured, Sampling, measure
-from hydradeploy.profiler.watched import Ended, oom_kills, run_watched
+from hydradeploy.profiler.watched import Ended, fresh, oom_kills, run_watched
 from hydradeploy.spec import Record
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_TIMERSLACK = 29
-# Not `-m`: that would let a file in the working directory stand in for a module of that name.
-_START = f"import sys; sys.path = list(filter(None, sys.path)); from {__name__} import main; sys.exit(main())"
 
 
 class Opened(Record, frozen=True, kw_only=True):
@@ -71,25 +68,16 @@ def spawn(
     *,
     patience_s: float = 3600.0,
     settled: Callable[[], bool] | None = None,
-    on_start: Callable[[int], None] | None = None,
 ) -> Measured:
     """Answer a request in a fresh process, which dies with this thread, and its own children with it.
 
     This thread is blocked meanwhile. `settled` is asked once a second whether temperatures have stopped rising; without
-    it they count as settled. `on_start` is given the number of the process. Raises MissingError with the last words of
-    a process that fails, or that has not answered within `patience_s`.
+    it they count as settled. Raises MissingError with the last words of a process that fails, or that has not answered
+    within `patience_s`.
     """
-    package = str(Path(hydradeploy.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    command, env = fresh(__name__, str(os.getpid()))
     killed_before = oom_kills()
-    ended = run_watched(
-        [sys.executable, "-c", _START, str(os.getpid())],
-        msgspec.json.encode(request) + b"\n",
-        env=os.environ | {"PYTHONPATH": path},
-        patience_s=patience_s,
-        release=settled,
-        on_start=on_start,
-    )
+    ended = run_watched(command, msgspec.json.encode(request) + b"\n", env=env, patience_s=patience_s, release=settled)
     if ended.code != 0:
         raise MissingError(f"{request.name}: {_how(ended, patience_s, killed_before)}: {ended.last_words}")
     try:

@@ -23,16 +23,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from operator import itemgetter
-from pathlib import Path
 
 import msgspec
 
-import hydradeploy
 from hydradeploy.devices import Machine
 from hydradeploy.devices.linux import core_kinds
 from hydradeploy.devices.reading import Reading, Tree
 from hydradeploy.errors import HydraError, MissingError
 from hydradeploy.profiler.processes import Family
+from hydradeploy.profiler.watched import fresh
 from hydradeploy.spec import Record
 
 INTERVAL_S = 0.25
@@ -45,8 +44,6 @@ _COSTED = 5
 _LOWEST_PRIORITY = 19
 _PATIENCE_S = 10.0
 _PATIENCE_LOCKING_S = 60.0
-# Not `-m`: that would let a file in the working directory stand in for a module of that name.
-_START = f"import sys; sys.path = list(filter(None, sys.path)); from {__name__} import main; sys.exit(main())"
 
 
 class Setup(Record, frozen=True, kw_only=True):
@@ -100,12 +97,6 @@ class Watch:
         """
         line = self._ask(msgspec.json.encode(Window(started_s=started_s, ended_s=ended_s)), _PATIENCE_S)
         return () if line is None else msgspec.json.decode(line, type=tuple[Reading, ...])
-
-    def latest(self) -> Reading | None:
-        """A reading of now, None where the monitor has ended."""
-        now = time.monotonic()
-        found = self.between(now, now)
-        return found[-1] if found else None
 
     def cores_for(self, threads: int) -> frozenset[int] | None:
         """The cores for a child of so many threads that keep it off the monitor's, None where it needs them all."""
@@ -184,15 +175,14 @@ def watching(kind: str, *, lock_clocks: bool = False, source: str = "hydradeploy
     MissingError where they cannot be, or where this machine is no such device. A monitor that ends for any other reason
     ends nothing but its readings: `Watch.why_not` tells it.
     """
-    package = str(Path(hydradeploy.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    command, env = fresh(__name__)
     watch = Watch(
         subprocess.Popen(
-            [sys.executable, "-c", _START],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env=os.environ | {"PYTHONPATH": path},
+            env=env,
             start_new_session=True,  # Ctrl-C in a terminal goes to all processes of its session
         )
     )

@@ -6,6 +6,7 @@ import os
 import selectors
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import hydradeploy
 from hydradeploy.devices.reading import Tree
 from hydradeploy.errors import MissingError
 
@@ -34,6 +36,15 @@ class Ended:
         return (self.err.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
 
 
+def fresh(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a fresh interpreter that runs the `main` of one of our modules."""
+    # Not `-m`: that would let a file in the working directory stand in for a module of that name.
+    start = f"import sys; sys.path = list(filter(None, sys.path)); from {module} import main; sys.exit(main())"
+    package = str(Path(hydradeploy.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    return [sys.executable, "-c", start, *arguments], os.environ | {"PYTHONPATH": path}
+
+
 def run_watched(
     command: Sequence[str],
     request: bytes,
@@ -41,12 +52,11 @@ def run_watched(
     env: Mapping[str, str],
     patience_s: float,
     release: Callable[[], bool] | None = None,
-    on_start: Callable[[int], None] | None = None,
 ) -> Ended:
     """Run a command with `request` on its stdin, which ends there, or once `release` says so.
 
-    `release` is asked once a second, `on_start` given the process number. However this is left, by an exception too,
-    the process and those of its group are gone. Raises MissingError where it cannot be started.
+    `release` is asked once a second. However this is left, by an exception too, the process and those of its group are
+    gone. Raises MissingError where it cannot be started.
     """
     try:
         process = subprocess.Popen(
@@ -62,8 +72,6 @@ def run_watched(
         raise MissingError(f"{command[0]} cannot be started: {error.strerror}") from error
     with _Pipes(process, request) as pipes:
         try:
-            if on_start is not None:
-                on_start(process.pid)
             in_time = _wait(process, pipes, time.monotonic() + patience_s, release)
         finally:
             # Before it is waited for: until then its number cannot be another's.

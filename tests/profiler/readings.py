@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 from hydradeploy.devices.reading import Reading
+from hydradeploy.profiler.monitor import Watch
 
 Value = float | Callable[[float], float]
 
@@ -45,3 +47,9 @@ def every(interval_s: float, started_s: float, ended_s: float) -> list[float]:
     """Times from start to end, both included."""
     count = round((ended_s - started_s) / interval_s)
     return [started_s + i * interval_s for i in range(count + 1)]
+
+
+def latest(watch: Watch) -> Reading | None:
+    """What a monitor reads now, None where it has ended."""
+    now = time.monotonic()
+    return next(reversed(watch.between(now, now)), None)

@@ -25,7 +25,7 @@ from hydradeploy.profiler.monitor import watching
 from hydradeploy.profiler.presets import PRESETS
 from hydradeploy.profiler.profile import check_clean
 from hydradeploy.profiler.sampling import Measured
-from tests.profiler.readings import Value, every, readings
+from tests.profiler.readings import Value, every, latest, readings
 from tests.profiler.toys import SOURCE
 from tests.profiler.virtual import Here, Launch, profile
 
@@ -390,7 +390,7 @@ def test_a_real_monitor_that_is_killed_midway_is_told_and_the_run_goes_on(shared
             monitors[0].process.send_signal(signal.SIGKILL)
             monitors[0].process.wait()
         # Of now, so that there are readings of then.
-        now = monitors[0].latest()
+        now = latest(monitors[0])
         answer = Launch()(request)
         moved = {} if now is None else {"started_s": now.at_s, "ended_s": now.at_s + 0.001}
         return msgspec.structs.replace(answer, **moved)

@@ -22,6 +22,7 @@ from hydradeploy.devices.reading import Reading
 from hydradeploy.errors import MissingError
 from hydradeploy.profiler import monitor
 from hydradeploy.profiler.monitor import History, Watch, Window, watching
+from tests.profiler.readings import latest
 from tests.profiler.toys import SOURCE
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def test_the_latest_reading_is_of_now(toy):
     with watching(toy(), source=SOURCE) as watch:
         for _ in range(3):
             before = time.monotonic()
-            found = watch.latest()
+            found = latest(watch)
             assert found is not None
             assert before <= found.at_s <= time.monotonic()
 
@@ -97,13 +98,13 @@ def test_the_time_our_own_processes_took_is_counted_living_or_ended(toy, tmp_pat
     child = f"{BUSY}\nimport subprocess, sys\nsubprocess.run([sys.executable, '-c', {BUSY + 'work()'!r}])\nwork()\n"
     child += "print(flush=True)\nsys.stdin.read()"
     with watching(toy(), source=SOURCE) as watch:
-        before = watch.latest()
+        before = latest(watch)
         with subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
             running.stdout.readline()
-            during = watch.latest()
+            during = latest(watch)
             seen = set(map(int, (tmp_path / "reads").read_text().splitlines()[-1].split()))
             assert {os.getpid(), running.pid, watch.process.pid} <= seen
-        after = watch.latest()
+        after = latest(watch)
     assert during.counters["ours_s"] - before.counters["ours_s"] >= 0.58
     assert after.counters["ours_s"] >= during.counters["ours_s"]
     assert after.counters["ours_s"] - before.counters["ours_s"] < 5
@@ -170,7 +171,7 @@ def test_a_file_in_the_working_directory_does_not_stand_in_for_a_module(toy, tmp
     (tmp_path / "work" / name).write_text("raise SystemExit('imported from the working directory')")
     monkeypatch.chdir(tmp_path / "work")
     with watching(toy(), source=SOURCE) as watch:
-        assert watch.latest() is not None
+        assert latest(watch) is not None
 
 
 # ---------------------------------------------------------------- what is kept
@@ -213,9 +214,9 @@ def test_old_readings_are_thinned_out_and_new_ones_are_not():
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
 def test_a_monitor_that_ends_ends_nothing_else(toy, number):
     with watching(toy(), source=SOURCE) as watch:
-        assert watch.latest() is not None
+        assert latest(watch) is not None
         watch.process.send_signal(number)
-        assert comes_true(lambda: watch.latest() is None)
+        assert comes_true(lambda: latest(watch) is None)
         assert watch.why_not == f"the monitor ended with signal {number}"
         assert watch.between(0, 1e9) == ()
         assert watch.why_not == f"the monitor ended with signal {number}"
@@ -225,7 +226,7 @@ def test_a_sensor_that_kills_the_monitor_at_its_start_ends_nothing_else(toy):
     with watching(toy(breaks_after=1), source=SOURCE) as watch:
         assert watch.why_not == f"the monitor ended with signal {signal.SIGSEGV}"
         assert watch.cost is None
-        assert watch.latest() is None
+        assert latest(watch) is None
 
 
 def test_a_monitor_that_hangs_is_given_up(toy, monkeypatch):
@@ -234,7 +235,7 @@ def test_a_monitor_that_hangs_is_given_up(toy, monkeypatch):
         watch.process.send_signal(signal.SIGSTOP)
         assert watch.between(0, 1) == ()
         assert watch.why_not == "the monitor did not answer within 0.2 s"
-        assert watch.latest() is None
+        assert latest(watch) is None
     assert watch.process.returncode == -signal.SIGKILL
 
 
@@ -292,11 +293,11 @@ def test_signals_to_the_monitor_itself_leave_no_clock_pinned(toy, tmp_path):
     with watching(toy(), source=SOURCE, lock_clocks=True) as watch:
         for ignored in (signal.SIGINT, signal.SIGHUP):
             watch.process.send_signal(ignored)
-        assert watch.latest() is not None
+        assert latest(watch) is not None
         assert (tmp_path / "locked").exists()
         watch.process.send_signal(signal.SIGTERM)
         assert comes_true(lambda: not (tmp_path / "locked").exists())
-        assert watch.latest() is None
+        assert latest(watch) is None
         assert watch.why_not == "the monitor ended with signal 15"
 
 

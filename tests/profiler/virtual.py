@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -116,11 +115,8 @@ class Launch:
         *,
         patience_s: float = 3600.0,
         settled: Callable[[], bool] | None = None,
-        on_start: Callable[[int], None] | None = None,
     ) -> Measured:
         self.requests.append(request)
-        if on_start is not None:
-            on_start(os.getpid())
         clock = VirtualClock()
         answer = measure(
             Null(clock, lambda _: iter(self.latencies(request)), load_s=0.125),
