@@ -13,7 +13,7 @@ from hydradeploy.profiler.journal import Entry
 from hydradeploy.profiler.plan import Job, batch_of
 from hydradeploy.profiler.presets import regimes
 from hydradeploy.profiler.sampling import Measured
-from hydradeploy.stats.latency import bounds
+from hydradeploy.stats.latency import by_process, n_effective, spread_of
 
 # A device's fans, governor and heat sink have hardly answered yet.
 BURST_S = 10.0
@@ -87,7 +87,8 @@ def _flags(
     device: Device,
     began: Conditions,
 ) -> tuple[Flag, ...]:
-    spread = bounds(latency_s, process, 0.95, 0.95).spread
+    chains = by_process(latency_s, process)
+    spread = spread_of(chains, n_effective(chains, 0.95))
     overloads = [found.facts["overload"] for found in measured if "overload" in found.facts]
     # A burst is measured before anything is steady, on purpose; what queues up never is, for a reason of its own.
     steady = [found.settled_from is not None if regime == "sustained" else found.steady for found in measured]

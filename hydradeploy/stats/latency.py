@@ -23,6 +23,8 @@ from hydradeploy.stats.order import allowed_misses, lower_rank, quantile
 MOST_SPREAD = 0.3
 # Samples per independent one: an AR(1) process of 0.9 has 19.
 MOST_DEPENDENCE = 20.0
+# Lags up to twice as many are summed one by one, later ones a part in so many apart: what depends that long is smooth.
+_EACH_LAG = 50
 # Fewer say too little of any distribution.
 LEAST_WORTH = 10.0
 
@@ -66,7 +68,7 @@ def bounds(samples: Sequence[float], process: Sequence[int], level: float, confi
     ordered = sorted(samples)
     logs = [[math.log(value) for value in chain] for chain in chains]
     worth = n_effective(chains, level)
-    spread = _spread(logs, len(samples) / worth)
+    spread = spread_of(chains, worth)
     lower = upper = None
     why_not = _why_not(len(samples), worth, spread, len(chains))
     ranks = _Ranks(ordered, logs, worth, level, confidence)
@@ -98,7 +100,7 @@ def n_effective(chains: Sequence[Sequence[float]], level: float) -> float:
     """What samples of several processes, each in order, are worth for a quantile if they were independent.
 
     n over the integrated autocorrelation time, the larger one of the ranks (which no outlier distorts) and of being
-    among the slowest (bursts of slow calls are dependence that ranks hardly see).
+    among the slowest (bursts of slow calls are dependence that ranks hardly see). At least one for each process.
     """
     ordered = sorted(value for chain in chains for value in chain)
     n = len(ordered)
@@ -109,7 +111,7 @@ def n_effective(chains: Sequence[Sequence[float]], level: float) -> float:
         autocorrelation_time([[place[value] for value in chain] for chain in chains]),
         autocorrelation_time([[float(value > slow) for value in chain] for chain in chains]),
     )
-    return n / max(times)
+    return max(float(len(chains)), n / max(times))
 
 
 def autocorrelation_time(chains: Sequence[Sequence[float]]) -> float:
@@ -129,20 +131,25 @@ def autocorrelation_time(chains: Sequence[Sequence[float]]) -> float:
     found = list(_autocorrelations(centred, total / n, noise))
     if not found:
         return 1.0
+    area = sum(value * width for value, width in found)
     length = n / len(centred)
     # Chains of unlike lengths can show a correlation above 1.
-    first = min(0.999, (found[0] * length + 1) / (length - 3) if length > 6 else found[0])
-    return max(1 + 2 * sum(found), (1 + first) / (1 - first))
+    first = min(0.999, (found[0][0] * length + 1) / (length - 3) if length > 6 else found[0][0])
+    return max(1 + 2 * area, (1 + first) / (1 - first))
 
 
-def _autocorrelations(centred: Sequence[Sequence[float]], power: float, noise: float) -> Iterator[float]:
-    for lag in range(1, max(map(len, centred))):
+def _autocorrelations(centred: Sequence[Sequence[float]], power: float, noise: float) -> Iterator[tuple[float, int]]:
+    """Each autocorrelation above the noise, and for how many lags it stands."""
+    lag, longest = 1, max(map(len, centred))
+    while lag < longest:
         pairs = sum(max(0, len(chain) - lag) for chain in centred)
         products = sum(sum(map(mul, chain, chain[lag:])) for chain in centred)
         value = products / pairs / power
         if value <= noise:
             return
-        yield value
+        width = min(max(1, lag // _EACH_LAG), longest - lag)
+        yield value, width
+        lag += width
 
 
 @dataclass(frozen=True)
@@ -195,10 +202,15 @@ class _Ranks:
         return math.exp(mean(levels) + margin + residuals[place])
 
 
-def _spread(logs: Sequence[Sequence[float]], time: float) -> float | None:
-    """Standard deviation of the processes' mean log latency beyond what their samples explain."""
-    if len(logs) < 2:
+def spread_of(chains: Sequence[Sequence[float]], worth: float) -> float | None:
+    """How much processes differ: the standard deviation of their mean log latency beyond what their samples explain.
+
+    `worth` is the `n_effective` of all samples, which are positive. None for one process.
+    """
+    if len(chains) < 2:
         return None
+    logs = [[math.log(value) for value in chain] for chain in chains]
+    time = sum(map(len, chains)) / worth
     within = mean([variance(chain) * time / len(chain) for chain in logs])
     return math.sqrt(max(0.0, variance([mean(chain) for chain in logs]) - within))
 

@@ -185,6 +185,74 @@ def test_weak_but_lasting_dependence_counts_in_full():
     assert autocorrelation_time(chains.tolist()) == pytest.approx(1 + 2 * 0.5 * 9, rel=0.2)
 
 
+def summed_lag_by_lag(chains):
+    """The time of equally long chains by its definition: each lag counts up to the first one of noise."""
+    z = np.array(chains, dtype=float)
+    z -= z.mean(axis=1, keepdims=True)
+    n, length = z.size, z.shape[1]
+    found = []
+    for lag in range(1, length):
+        found.append((z[:, lag:] * z[:, :-lag]).mean() / (z**2).mean())
+        if found[-1] <= 1 / math.sqrt(n):
+            break
+    first = min(0.999, (found[0] * length + 1) / (length - 3))
+    return max(1, 1 + 2 * sum(found[:-1]), (1 + first) / (1 - first) if len(found) > 1 else 1)
+
+
+@pytest.mark.parametrize("phi", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("samples", [20, 200, 4000])
+def test_every_lag_of_moderate_dependence_counts(phi, samples):
+    for seed in range(5):
+        chains = ar1(phi, 5, samples, seed)
+        assert autocorrelation_time(chains) == pytest.approx(summed_lag_by_lag(chains), rel=1e-9)
+
+
+def drifting(processes, samples, seed=0):
+    """A rise by five times the noise, and a wave on it."""
+    noise = np.random.default_rng(seed).standard_normal((processes, samples))
+    at = np.linspace(0, 1, samples)
+    return (noise + 5 * at + np.sin(7 * at)).tolist()
+
+
+@pytest.mark.parametrize("samples", [300, 1000, 5000])
+def test_lags_left_out_of_a_drift_change_its_time_by_some_hundredths_at_most(samples):
+    chains = drifting(2, samples)
+    found = autocorrelation_time(chains)
+    assert found > MOST_DEPENDENCE
+    assert found == pytest.approx(summed_lag_by_lag(chains), rel=0.03)
+
+
+class Counted(float):
+    """A number that counts products."""
+
+    products = 0
+
+    def __sub__(self, other):
+        return Counted(float(self) - other)
+
+    def __mul__(self, other):
+        Counted.products += 1
+        return float(self) * float(other)
+
+
+def test_a_drift_takes_hardly_more_lags_the_longer_it_is(monkeypatch):
+    """Sixteen times as many products for four times as many samples, were all lags summed."""
+    taken = {}
+    for samples in (1500, 6000):
+        monkeypatch.setattr(Counted, "products", 0)
+        assert autocorrelation_time([list(map(Counted, chain)) for chain in drifting(1, samples)]) > MOST_DEPENDENCE
+        taken[samples] = Counted.products
+    assert taken[1500] > 100 * 1500
+    assert taken[6000] < 6 * taken[1500]
+
+
+def test_samples_are_worth_one_per_process_at_least():
+    """One step in each: dependence that lasts as long as they do."""
+    chains = [[1.0] * 15 + [2.0] * 15] * 3
+    assert autocorrelation_time(chains) > 90
+    assert n_effective(chains, 0.95) == 3
+
+
 def test_bursts_are_seen_at_levels_that_leave_no_sample_above():
     """500 samples, the slowest ten of them in pairs: the quantile of 0.999 is the maximum and nothing exceeds it."""
     chains = steady(5, 100)
@@ -267,12 +335,12 @@ STEPS = [(0.95, 0.95, (2, 2, 29)), (0.9, 0.9, (2, 2, 29)), (0.9, 0.8, (2, 2, 29)
 
 
 @pytest.mark.parametrize(("level", "confidence", "steps"), STEPS)
-def test_samples_worth_about_one_bound_nothing(level, confidence, steps):
+def test_samples_worth_one_per_process_bound_nothing(level, confidence, steps):
     """Chains of 30 that rise in one step."""
     rise = [i * 1e-3 for i in range(30)]
     chains = [[1 + rise[i] if i < step else 1.1 + rise[i - step] for i in range(30)] for step in steps]
     found = bounds_of(chains, level, confidence)
-    assert 1 <= found.n_effective < 1 / level
+    assert found.n_effective == len(steps)
     assert (found.lower, found.upper, found.assumes) == (None, None, None)
     n, worth = len(steps) * 30, f"{found.n_effective:.0f}"
     assert found.why_not == f"calls depend on each other too much: {n} are worth {worth} independent ones"
