@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, cast
 
 import msgspec
@@ -52,7 +54,14 @@ Verify = Annotated[str, typer.Option("--verify", metavar="stamp|always", help="H
 
 def main() -> None:
     """Run the command line and exit with one of the documented codes."""
+    signal.signal(signal.SIGTERM, _interrupted)
     sys.exit(_guarded(sys.argv[1:]))
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """What is told to end does what it does on Ctrl-C, also where a shell has that ignored in the background."""
+    answer = signal.getsignal(signal.SIGINT)
+    (answer if callable(answer) else signal.default_int_handler)(number, frame)
 
 
 def _print_version(asked: bool) -> None:

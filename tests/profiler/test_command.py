@@ -166,9 +166,21 @@ def gone(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("to", ["the parent", "the terminal's group"])
-def test_ctrl_c_is_exit_130_with_no_profile_half_written_and_no_child_left(shared_bundle, tmp_path, stand_in, to):
-    """The interrupt comes when the first child is in the middle of a call that never ends."""
+@pytest.mark.parametrize(
+    ("number", "to_group", "background"),
+    [
+        (signal.SIGINT, False, False),
+        (signal.SIGINT, True, False),
+        (signal.SIGTERM, False, False),
+        (signal.SIGTERM, False, True),
+    ],
+    ids=["SIGINT", "Ctrl-C", "SIGTERM", "SIGTERM in the background"],
+)
+def test_an_interrupted_run_exits_with_130_and_leaves_no_profile_half_written_and_no_child(
+    shared_bundle, tmp_path, stand_in, number, to_group, background
+):
+    """It comes when the first child is in the middle of a call that never ends; in the background of a script a shell
+    has Ctrl-C ignored."""
     marker, profiles = tmp_path / "pid", tmp_path / "profiles"
     running = f"open({str(marker) + '.new'!r}, 'w').write(str(os.getpid()))"
     running += f"; os.rename({str(marker) + '.new'!r}, {str(marker)!r}); time.sleep(600)"
@@ -181,6 +193,7 @@ def test_ctrl_c_is_exit_130_with_no_profile_half_written_and_no_child_left(share
         text=True,
         env=os.environ | stand_in(running) | {"TMPDIR": str(tmp_path / "tmp")},
         start_new_session=True,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if background else None,
     )
     child = None
     try:
@@ -190,10 +203,7 @@ def test_ctrl_c_is_exit_130_with_no_profile_half_written_and_no_child_left(share
             time.sleep(0.05)
         assert marker.exists(), parent.communicate(timeout=10)
         child = int(marker.read_text())
-        if to == "the parent":
-            parent.send_signal(signal.SIGINT)
-        else:
-            os.killpg(parent.pid, signal.SIGINT)
+        os.killpg(parent.pid, number) if to_group else parent.send_signal(number)
         out, err = parent.communicate(timeout=30)
         assert parent.returncode == 130, err
         assert err.rstrip().endswith("interrupted")
