@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
-from hydradeploy.errors import IntegrityError, UsageError, environment
+from hydradeploy.errors import IntegrityError, MissingError, UsageError, environment
 from hydradeploy.files import inside, locked, moved_aside, sha256_bytes, sha256_file, write_atomically
 from hydradeploy.spec import Record, Spec, Subnet, decode
+from hydradeploy.stored import ITEM_BYTES, Dtype, Form, Input, layers, stored
 
 if TYPE_CHECKING:  # picking reads bundles too, and starts twice as fast without numpy
     import numpy as np
@@ -46,9 +47,6 @@ Batch = int | Literal["dynamic"]
 Check = Literal["stamp", "always", "manifest"]
 
 
-ITEM_BYTES = {"float32": 4, "float16": 2}
-
-
 class FileRecord(Record, frozen=True, kw_only=True):
     """What a file must be."""
 
@@ -59,7 +57,7 @@ class FileRecord(Record, frozen=True, kw_only=True):
 class StoredTensor(Record, frozen=True, kw_only=True):
     """Where a tensor lies in a weights file: row-major, little-endian, matrices as [in, out]."""
 
-    dtype: Literal["float32", "float16"]
+    dtype: Dtype
     shape: tuple[int, ...]
     offset: int
 
@@ -68,25 +66,63 @@ class Parity(Record, frozen=True, kw_only=True):
     """How the artifact compared with the torch subnet in fp32 when it was exported.
 
     `max_difference` is the largest |logit difference| over samples and dialects, `tolerance` what was allowed, both as
-    fractions of the largest |logit|; `top1_agreement` is a fraction of the samples.
+    fractions of the largest |logit|; `cosine` is the smallest between the logits of a sample, where at least
+    `least_cosine` was asked for; `top1_agreement` is a fraction of the samples, None where they are not real images.
     """
 
     samples: int
     max_difference: float
     tolerance: float
-    top1_agreement: float
+    cosine: float
+    least_cosine: float
+    top1_agreement: float | None
+
+
+class Calibration(Record, frozen=True, kw_only=True):
+    """Where the ranges of activations come from. `scales` has the step of each int8 layer's input."""
+
+    method: str
+    data: str
+    images: int
+    scales: dict[str, float]
+
+
+class Drop(Record, frozen=True, kw_only=True):
+    """What int8 costs: top-1 of the artifact and of its fp32 twin on the same `n` images, and what was allowed."""
+
+    data: str
+    n: int
+    top1: float
+    fp32_top1: float
+    limit: float
+
+
+class Quantisation(Record, frozen=True, kw_only=True):
+    """How an int8 artifact was quantised.
+
+    `kept` are the layers that stay in float, `calibration` is None where ranges are found at run time, `drop` where
+    nobody asked for it.
+    """
+
+    kept: tuple[str, ...]
+    calibration: Calibration | None
+    drop: Drop | None
 
 
 class Artifact(Record, frozen=True, kw_only=True):
     """One subnet in one precision.
 
     `sha256` is of its content: graph and weight values; `graph_sha256` of graph, shapes and precision alone. `weights`
-    is None where the graphs carry their own. `size_bytes` is what `pack` writes for it.
+    is None where the graphs carry their own. `dtype` is that of all but int8 matrices. `size_bytes` is what `pack`
+    writes for it.
     """
 
     name: str
     heads: int
     precision: str
+    dtype: Dtype
+    input: Input
+    quantisation: Quantisation | None
     batch: Batch
     graphs: dict[Dialect, str]
     weights: str | None
@@ -136,8 +172,8 @@ class Manifest(Record, frozen=True, kw_only=True):
 class AccuracyRow(Record, frozen=True, kw_only=True):
     """How often an artifact was right. `sha256` is the artifact's: accuracy of other weights is no accuracy of these.
 
-    `backend`, `compute_type` and `instruction_set` are what rounding depends on; they and `data_sha256` are None where
-    the figure is declared, not measured. `lower` and `upper` are a 95 % Wilson interval. `right` has a bit per image,
+    `backend`, `compute_type`, `instruction_set` and the artifact's `input` are what rounding depends on; they and
+    `data_sha256` are None where the figure is declared, not measured. `lower` and `upper` are a 95 % Wilson interval. `right` has a bit per image,
     the first image the highest bit of the first byte: whether it was right. `outcomes` names the row's arrays in
     evaluation.npz.
     """
@@ -147,6 +183,7 @@ class AccuracyRow(Record, frozen=True, kw_only=True):
     backend: str | None
     compute_type: str | None
     instruction_set: str | None
+    input: Input | None
     dataset: str
     data_sha256: str | None
     correct: int
@@ -236,10 +273,16 @@ class Bundle:
         return self.spec.geometry.subnet(artifact.heads)
 
     def graph(self, artifact: Artifact, dialect: Dialect) -> Path:
-        """The graph's file; raises IntegrityError where the artifact has none in that dialect."""
+        """The graph's file; raises MissingError where the artifact has none in that dialect."""
         if dialect not in artifact.graphs:
-            raise IntegrityError(f"{self.path / MANIFEST}: artifact {artifact.name} has no graph in dialect {dialect}")
+            raise MissingError(
+                f"{artifact.name} has no graph in dialect {dialect}", hint=f"it has {', '.join(artifact.graphs)}"
+            )
         return inside(self.path, artifact.graphs[dialect])
+
+    def form(self, artifact: Artifact) -> Form:
+        """Which stored tensors the artifact reads."""
+        return form_of(self.spec, artifact)
 
     def extents(self, artifact: Artifact) -> tuple[Extent, ...]:
         """The parts of the weights file that the artifact's graphs read; none where they carry their own weights."""
@@ -247,12 +290,12 @@ class Bundle:
             return ()
         path, table = inside(self.path, artifact.weights), self.manifest.weights[artifact.weights]
         parts = []
-        for name, shape in stored_shapes(self.subnet(artifact)).items():
+        for name, tensor in stored(self.subnet(artifact), self.form(artifact)).items():
             if name not in table:
                 raise IntegrityError(f"{self.path / MANIFEST}: the table of {artifact.weights} has no tensor {name}")
-            stored = table[name]
-            size = math.prod(leading_rows(stored.shape, shape)) * ITEM_BYTES[stored.dtype]
-            parts.append(Extent(path, stored.offset, size))
+            there = table[name]
+            size = math.prod(leading_rows(there.shape, tensor.shape)) * ITEM_BYTES[there.dtype]
+            parts.append(Extent(path, there.offset, size))
         return tuple(parts)
 
     def golden(self) -> Golden:
@@ -276,18 +319,11 @@ class Extent(NamedTuple):
     length: int
 
 
-def stored_shapes(subnet: Subnet) -> dict[str, tuple[int, ...]]:
-    """The stored names and the shapes of the blocks a subnet reads, in forward order.
-
-    q, k and v are apart, and matrices are [in, out].
-    """
-    stored: dict[str, tuple[int, ...]] = {}
-    for name, shape in subnet.shapes.items():
-        if ".attn.qkv." in name:
-            stored |= {name.replace("qkv", part): (shape[0] // 3, *shape[1:])[::-1] for part in "qkv"}
-        else:
-            stored[name] = shape[::-1] if len(shape) == 2 else shape
-    return stored
+def form_of(spec: Spec, artifact: Artifact) -> Form:
+    """Which stored tensors an artifact reads."""
+    found = artifact.quantisation
+    int8 = () if found is None else tuple(layer for layer in layers(spec.geometry) if layer not in found.kept)
+    return Form(dtype=artifact.dtype, input=artifact.input, int8=int8)
 
 
 def leading_rows(stored: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:

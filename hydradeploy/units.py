@@ -103,6 +103,11 @@ def show_percent(fraction: float, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f}%"
 
 
+def show_points(fraction: float) -> str:
+    """A difference of percentages: 0.005 is 0.50pp."""
+    return f"{100 * fraction:.2f}pp"
+
+
 def show_threads(count: int) -> str:
     """`1 thread`, `2 threads`."""
     return f"{count} thread" + ("" if count == 1 else "s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -15,33 +15,69 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.bundle import Artifact, Batch, Bundle, Dialect, Extent
+from hydradeploy.bundle import Artifact, Batch, Bundle, Dialect, Extent, StoredTensor
+from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import InputError, MissingError, UsageError
-from hydradeploy.spec import Geometry
+from hydradeploy.files import inside
+from hydradeploy.spec import Geometry, Preprocessing, Subnet
+from hydradeploy.stored import Form, Input
 
-BACKEND_MODULES = {"onnxruntime": "hydradeploy.backends.onnxruntime"}
+# Every precision that an artifact can have.
+PRECISION_NAMES = ("fp32", "fp16", "bf16", "int8dyn", "int8")
+
+# The first usable one is the default.
+BACKEND_MODULES = {
+    "onnxruntime": "hydradeploy.backends.onnxruntime",
+    "openvino": "hydradeploy.backends.openvino",
+    "torch": "hydradeploy.backends.torch",
+}
+# The extra that brings each.
+EXTRAS = {"onnxruntime": "ort", "openvino": "openvino", "torch": "export"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weights file, for a backend that computes without a graph: where each tensor lies, and which are read."""
+
+    path: Path
+    table: Mapping[str, StoredTensor]
+    subnet: Subnet
+    form: Form
 
 
 @dataclass(frozen=True)
 class Model:
-    """A graph on disk and what it takes and gives: (batch, *image_shape) float32 in, (batch, classes) float32 out.
+    """An artifact on disk and what it takes and gives: images (batch, *image_shape) of the type `input` in, logits
+    (batch, classes) float32 out.
 
-    `extents` are the parts of a shared weights file that it reads, for `read_ahead`.
+    `graph` is None for a backend without a dialect, `weights` where graphs carry their own. `extents` are the parts of
+    a shared weights file that it reads, for `read_ahead`.
     """
 
     name: str
-    graph: Path
+    graph: Path | None
     batch: Batch
     image_shape: tuple[int, int, int]
     classes: int
     extents: tuple[Extent, ...] = ()
+    input: Input = "float32"
+    precision: str = "fp32"
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to run; None leaves it to the backend."""
+    """How to run; None leaves it to the backend.
+
+    `compute_type` is one of those the backend has for the artifact's precision, `settings` are of those it has.
+    """
 
     threads: int | None = None
+    compute_type: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+Images = NDArray[np.float32] | NDArray[np.uint8]
 
 
 # Protocols, not base classes: a backend shares no code with another, and a test's fake needs to inherit nothing.
@@ -54,8 +90,8 @@ class Session(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits of normalised images (batch, channels, s, s), on the host and the caller's own when it returns.
+    def run(self, images: Images) -> NDArray[np.float32]:
+        """Logits of images as the model takes them (see `prepared`), on the host and the caller's own when it returns.
 
         Raises InputError for another shape or type, MissingError when the runtime fails.
         """
@@ -73,8 +109,8 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
-    def dialect(self) -> Dialect:
-        """The form of graph it wants."""
+    def dialect(self) -> Dialect | None:
+        """The form of graph it wants, None where it computes from the weights file alone."""
         ...
 
     @property
@@ -82,8 +118,18 @@ class Backend(Protocol):
         """Where it computes: `cpu` or `cuda`."""
         ...
 
+    @property
+    def settings(self) -> Mapping[str, tuple[str, ...]]:
+        """What can be set, with the possible values, the default first."""
+        ...
+
     def why_not(self) -> str | None:
         """None where it is usable here, else the sentence to show."""
+        ...
+
+    def compute_types(self, precision: str) -> tuple[str, ...]:
+        """The types it can do the products of an artifact of that precision in on this processor, the default first;
+        none where it cannot run such artifacts."""
         ...
 
     def software(self) -> Mapping[str, str]:
@@ -113,7 +159,8 @@ def backend(name: str | None = None) -> Backend:
         if reason is None:
             return found
         reasons.append(f"{candidate}: {reason}")
-    raise MissingError(f"no usable backend ({'; '.join(reasons)})", hint="pip install 'hydradeploy[ort]'")
+    extra = EXTRAS[name or next(iter(BACKEND_MODULES))]
+    raise MissingError(f"no usable backend ({'; '.join(reasons)})", hint=f"pip install 'hydradeploy[{extra}]'")
 
 
 def usable() -> tuple[Backend, ...]:
@@ -122,16 +169,61 @@ def usable() -> tuple[Backend, ...]:
     return tuple(candidate for candidate in found if candidate.why_not() is None)
 
 
-def model_of(bundle: Bundle, artifact: Artifact, dialect: Dialect) -> Model:
-    """The artifact as a backend wants it."""
-    graph = bundle.graph(artifact, dialect)
-    opened = model(artifact.name, graph, artifact.batch, bundle.spec.geometry)
-    return replace(opened, extents=bundle.extents(artifact))
+def check_options(runner: Backend, options: Options, precision: str) -> None:
+    """Raise MissingError, which says what there is, for a precision or a compute type that the backend lacks here, and
+    UsageError for a setting or a value it does not know."""
+    types = runner.compute_types(precision)
+    if not types:
+        has = [name for name in PRECISION_NAMES if runner.compute_types(name)]
+        raise MissingError(f"{runner.name} does not run {precision} here", hint=f"it has {', '.join(has)}")
+    if options.compute_type is not None and options.compute_type not in types:
+        raise MissingError(
+            f"{runner.name} does not compute {precision} artifacts in {options.compute_type} here",
+            hint=f"it has {', '.join(types)}",
+        )
+    for name, value in options.settings.items():
+        values = runner.settings.get(name)
+        if values is None:
+            known = ", ".join(runner.settings) or "none"
+            raise UsageError(f"{runner.name} has no setting {name!r}", hint=f"it has {known}")
+        if value not in values:
+            raise UsageError(f"{runner.name}: {name} cannot be {value!r}", hint=f"one of {', '.join(values)}")
 
 
-def model(name: str, graph: Path, batch: Batch, geometry: Geometry) -> Model:
+def with_defaults(runner: Backend, options: Options, precision: str) -> Options:
+    """The options with what they leave to the backend filled in: the compute type, and a value for every setting."""
+    kind = options.compute_type or runner.compute_types(precision)[0]
+    settings = {name: values[0] for name, values in runner.settings.items()}
+    return replace(options, compute_type=kind, settings=settings | dict(options.settings))
+
+
+def model_of(bundle: Bundle, artifact: Artifact, dialect: Dialect | None) -> Model:
+    """The artifact as a backend of that dialect wants it; raises MissingError where it has no such graph."""
+    graph = None if dialect is None else bundle.graph(artifact, dialect)
+    opened = model(artifact.name, graph, artifact.batch, bundle.spec.geometry, artifact.input, artifact.precision)
+    weights = None
+    if artifact.weights is not None:
+        weights = Weights(
+            inside(bundle.path, artifact.weights),
+            bundle.manifest.weights[artifact.weights],
+            bundle.subnet(artifact),
+            bundle.form(artifact),
+        )
+    return replace(opened, extents=bundle.extents(artifact), weights=weights)
+
+
+def model(
+    name: str, graph: Path | None, batch: Batch, g: Geometry, kind: Input = "float32", precision: str = "fp32"
+) -> Model:
     """A graph file of a supernet of this geometry."""
-    return Model(name, graph, batch, (geometry.channels, geometry.image_size, geometry.image_size), geometry.classes)
+    size = g.image_size
+    shape = (g.channels, size, size) if kind == "float32" else (size, size, g.channels)
+    return Model(name, graph, batch, shape, g.classes, input=kind, precision=precision)
+
+
+def prepared(pixels: NDArray[np.uint8], kind: Input, preprocessing: Preprocessing) -> Images:
+    """Resized and cropped images (n, s, s, channels) as a model of that input takes them."""
+    return pixels if kind == "uint8" else normalise(pixels, preprocessing)
 
 
 def read_ahead(model: Model) -> None:
@@ -146,16 +238,16 @@ def read_ahead(model: Model) -> None:
                 os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
 
-def check_input(model: Model, images: NDArray[np.float32]) -> None:
+def check_input(model: Model, images: Images) -> None:
     """Raise InputError unless `images` is what the model takes."""
     expected = (model.batch, *model.image_shape)
-    fits = images.ndim == 4 and images.shape[1:] == model.image_shape
-    if not fits or images.dtype != np.float32 or len(images) == 0 or model.batch not in ("dynamic", len(images)):
+    fits = images.ndim == 4 and images.shape[1:] == model.image_shape and images.dtype == np.dtype(model.input)
+    if not fits or not len(images) or model.batch not in ("dynamic", len(images)):
         shape = "(" + ", ".join(str(size) for size in expected) + ")"
-        raise InputError(f"{model.name}: images are {images.dtype} {images.shape}, expected float32 {shape}")
+        raise InputError(f"{model.name}: images are {images.dtype} {images.shape}, expected {model.input} {shape}")
 
 
-def run_all(session: Session, model: Model, images: NDArray[np.float32]) -> NDArray[np.float32]:
+def run_all(session: Session, model: Model, images: Images) -> NDArray[np.float32]:
     """Logits of any number of images, in batches of the size the model wants; the last is filled up by repetition."""
     size = 1 if model.batch == "dynamic" else model.batch
     logits = []

@@ -15,6 +15,9 @@ from hydradeploy.errors import InputError, UsageError
 from hydradeploy.spec import Spec
 
 
+_SYNTHETIC = "synthetic"
+
+
 @dataclass(frozen=True)
 class Samples:
     """uint8 images (n, s, s, channels), resized and cropped, and where they come from."""
@@ -34,7 +37,12 @@ def synthetic(spec: Spec, count: int, seed: int = 0) -> Samples:
     ]
     smooth = np.moveaxis(np.array(planes), 1, -1).astype(np.int16)
     noisy = smooth + generator.integers(-16, 17, smooth.shape, dtype=np.int16)
-    return Samples(np.clip(noisy, 0, 255).astype(np.uint8), f"synthetic, seed {seed}")
+    return Samples(np.clip(noisy, 0, 255).astype(np.uint8), f"{_SYNTHETIC}, seed {seed}")
+
+
+def is_synthetic(source: str) -> bool:
+    """Whether samples of that source are made from a seed."""
+    return source.startswith(_SYNTHETIC)
 
 
 def read(source: str | Path, spec: Spec, count: int) -> Samples:

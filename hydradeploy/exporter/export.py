@@ -6,14 +6,14 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from hydradeploy.backends import Backend, backend
+from hydradeploy.backends import Backend, backend, prepared
 from hydradeploy.bundle import (
     GOLDEN,
     MANIFEST,
@@ -31,48 +31,27 @@ from hydradeploy.bundle import (
     golden_bytes,
     open_bundle,
     read_manifest,
-    stored_shapes,
     write_file,
 )
 from hydradeploy.data import samples
-from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import IntegrityError, UsageError
 from hydradeploy.exporter import graph as graphs
 from hydradeploy.exporter import lower, parity
+from hydradeploy.exporter.jobs import Job, job_of
 from hydradeploy.exporter.pack import packed_bytes
-from hydradeploy.exporter.precision import PRECISIONS, Precision, precision
-from hydradeploy.exporter.weights import (
-    Array,
-    HeadDigests,
-    convert,
-    layout,
-    stored_tensors,
-    write_weights,
-)
+from hydradeploy.exporter.precision import PRECISIONS, precision
+from hydradeploy.exporter.quantise import Quantising, quantised
+from hydradeploy.exporter.source import Source
+from hydradeploy.exporter.weights import Array, HeadDigests, block, layout, write_weights
+from hydradeploy.exporter.widened import widened
 from hydradeploy.files import locked, sha256_file, staged
-from hydradeploy.spec import Geometry, leading
+from hydradeploy.spec import Geometry
+from hydradeploy.stored import Form, Input, Tensor, stored
 from hydradeploy.supernet.store import Weights, load
 
 SAMPLES = 8
 
 Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One artifact to be: its subnet, precision, batch, and whether its graphs carry their own weights."""
-
-    heads: int
-    precision: Precision
-    batch: Batch
-    standalone: bool
-
-    @property
-    def name(self) -> str:
-        return f"h{self.heads:02d}-{self.precision.name}"
-
-    def graph_file(self, dialect: Dialect) -> str:
-        return f"{self.name}.onnx" if dialect == "ort" else f"{self.name}.{dialect}.onnx"
 
 
 def export(
@@ -82,18 +61,22 @@ def export(
     heads: Sequence[int] | None = None,
     precisions: Sequence[str] = ("fp32",),
     batch: Batch = 1,
+    input: Input = "float32",
     standalone: bool = False,
     data: str | Path | None = None,
+    quantising: Quantising | None = None,
     force: bool = False,
     report: Report = lambda what, done, total: None,
 ) -> Bundle:
     """Write artifacts of `supernet` into the directory `bundle`, all trained head counts by default.
 
-    Artifacts already there stay, or are replaced if they have the same name. `report(what, done, total)` hears of
-    progress. Raises UsageError (no such file, head count, precision; the bundle is of another supernet and not
-    `force`), InputError (weights or images refused), ParityError (the graphs do not compute what the supernet
-    computes; nothing is written), MissingError (no onnxruntime to run them), EnvironmentFailed (disk). Whatever
-    happens, what was in `bundle` is whole.
+    Artifacts already there stay, or are replaced if they have the same name. `input` uint8 takes pixels (b, s, s,
+    channels), with the normalisation in the weights. `data` are the images that graphs are compared on and int8 is
+    calibrated with. `report(what, done, total)` hears of progress. Raises UsageError (no such file, head count,
+    precision; int8 without data; the bundle is of another supernet and not `force`), InputError (weights or images
+    refused), ParityError (the graphs do not compute what the supernet computes, or int8 costs more accuracy than it
+    may; nothing is written), MissingError (no onnxruntime to run them), EnvironmentFailed (disk). Whatever happens,
+    what was in `bundle` is whole.
     """
     kinds = [precision(name) for name in precisions]
     if batch != "dynamic" and batch < 1:
@@ -103,13 +86,14 @@ def export(
     weights = load(supernet)
     geometry = weights.spec.geometry
     chosen = geometry.trained_heads if heads is None else tuple(heads)
-    jobs = [Job(geometry.subnet(k).heads, kind, batch, standalone) for kind in kinds for k in chosen]
+    jobs = [Job(geometry.subnet(k).heads, kind, batch, standalone, input) for kind in kinds for k in chosen]
     if not jobs:
         raise UsageError("nothing to export: no head count or no precision given")
     given = samples.read(data, weights.spec, SAMPLES) if data is not None else None
     supernet_sha256 = sha256_file(supernet)
     with locked(bundle, lambda message: report(message, 0, 0)):
         there = _existing(bundle, supernet_sha256, force=force)
+        jobs = quantised(weights, jobs, data, quantising or Quantising(), runner, report)
         used = given or _samples_of(there) or samples.synthetic(weights.spec, SAMPLES)
         run = _Export(weights, _merged(there, jobs), used, there, runner, report)
         with staged(bundle) as stage:
@@ -135,24 +119,23 @@ class _Export:
         self._geometry: Geometry = weights.spec.geometry
         self._files: dict[str, FileRecord] = {}
         self._tables: dict[str, dict[str, StoredTensor]] = {}
-        self._content: dict[Job, str] = {}
-        self._graphs = {job: _graphs(job, self._geometry) for job in jobs}
-        self._digests = {job: graphs.digest(pair) for job, pair in self._graphs.items()}
-        arrays = {name: tensor.numpy() for name, tensor in weights.tensors.items()}
-        self._stored = stored_tensors(arrays, self._geometry)
+        self._content: dict[str, str] = {}
+        self._graphs = {job.name: job.graphs(self._geometry) for job in jobs}
+        self._digests = {name: graphs.digest(tuple(found.values())) for name, found in self._graphs.items()}
+        self._source = source_of(weights)
 
     def write(self, stage: Path, supernet_sha256: str) -> Manifest:
         """Fill the staged directory and return its manifest."""
         self._report("writing weights and graphs", 0, len(self._jobs))
-        for kind in dict.fromkeys(job.precision for job in self._jobs):
-            self._write_weights(stage, kind)
+        for file in dict.fromkeys(job.weights_file for job in self._jobs):
+            self._write_weights(stage, file, [job for job in self._jobs if job.weights_file == file])
         for done, job in enumerate(self._jobs, 1):
             self._write_graphs(stage, job)
             self._report("writing weights and graphs", done, len(self._jobs))
         checked = dict(self._gate(stage))
-        golden = Golden(self._samples.images, {job.name: logits for job, (_, logits) in checked.items()})
+        golden = Golden(self._samples.images, {name: logits for name, (_, logits) in checked.items()})
         self._files[GOLDEN] = write_file(stage / GOLDEN, golden_bytes(golden))
-        artifacts = [self._artifact(job, checked[job][0]) for job in self._jobs]
+        artifacts = [self._artifact(job, checked[job.name][0]) for job in self._jobs]
         manifest = Manifest(
             schema=SCHEMA,
             spec=self._weights.spec,
@@ -171,62 +154,106 @@ class _Export:
         write_file(stage / MANIFEST, manifest.encode())
         return msgspec.structs.replace(manifest, sha256=manifest.digest())
 
-    def _write_weights(self, stage: Path, kind: Precision) -> None:
-        """One pass over the weights of a precision: convert, hash what each head adds, write the shared file."""
-        jobs = [job for job in self._jobs if job.precision == kind]
-        digests = HeadDigests(self._geometry, max(job.heads for job in jobs))
+    def _write_weights(self, stage: Path, file: str, jobs: Sequence[Job]) -> None:
+        """One pass over the weights of a file: convert, hash what each head adds, write what is shared."""
+        most: dict[Form, int] = {}
+        for job in jobs:
+            form = job.form(self._geometry)
+            most[form] = max(most.get(form, 0), job.heads)
+        digests = {form: HeadDigests(self._geometry, heads, form) for form, heads in most.items()}
+        everything = self._union(jobs)
 
         def tensors() -> Iterator[tuple[str, Array]]:
-            for name, view in self._stored.items():
-                tensor = convert(name, view, kind)
-                digests.update(name, tensor)
+            for name, tensor in self._source.tensors({name: t.dtype for name, t in everything.items()}):
+                for digest in digests.values():
+                    digest.update(name, tensor)
                 yield name, tensor
 
-        shared = [job.heads for job in jobs if not job.standalone]
+        shared = self._union([job for job in jobs if not job.standalone])
         if shared:
-            largest = self._geometry.subnet(max(shared))
-            file = f"supernet-{kind.name}.weights"
-            self._tables[file], _ = layout(stored_shapes(largest), kind)
-            self._files[file] = write_weights(stage / file, self._tables[file], tensors())
+            self._tables[file], _ = layout(shared)
+            written = ((name, tensor) for name, tensor in tensors() if name in shared)
+            self._files[file] = write_weights(stage / file, self._tables[file], written)
         else:
             for _ in tensors():
                 pass
         preprocessing = msgspec.json.encode(self._weights.spec.preprocessing)
         for job in jobs:
-            self._content[job] = digests.content(job.heads, self._digests[job].encode(), preprocessing)
+            context = (self._digests[job.name].encode(), preprocessing, msgspec.json.encode(job.steps))
+            self._content[job.name] = digests[job.form(self._geometry)].content(job.heads, *context)
+
+    def _union(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
+        """The tensors that any of the jobs reads, as large as the largest subnet's."""
+        if not jobs:
+            return {}
+        largest = self._geometry.subnet(max(job.heads for job in jobs))
+        forms = dict.fromkeys(job.form(self._geometry) for job in jobs)
+        return {name: tensor for form in forms for name, tensor in stored(largest, form).items()}
 
     def _write_graphs(self, stage: Path, job: Job) -> None:
-        blocks: dict[str, Array] = {}
-        if job.standalone:
-            blocks = {
-                name: convert(name, leading(self._stored[name], name, shape), job.precision)
-                for name, shape in stored_shapes(self._geometry.subnet(job.heads)).items()
-            }
-        for dialect, graph in zip(graphs.DIALECTS, self._graphs[job], strict=True):
-            if job.standalone:
-                data = lower.embedded(graph, blocks)
-            else:
-                file = f"supernet-{job.precision.name}.weights"
-                data = lower.shared(graph, self._tables[file], file)
+        blocks = self._blocks(job) if job.standalone else {}
+        for dialect, graph in self._graphs[job.name].items():
             name = job.graph_file(dialect)
-            self._files[name] = write_file(stage / name, data)
+            self._files[name] = write_file(stage / name, self._lowered(job, graph, blocks))
 
-    def _gate(self, stage: Path) -> Iterator[tuple[Job, tuple[Parity, parity.Logits]]]:
+    def _blocks(self, job: Job) -> Mapping[str, Array]:
+        wanted = stored(self._geometry.subnet(job.heads), job.form(self._geometry))
+        found = self._source.tensors({name: tensor.dtype for name, tensor in wanted.items()})
+        return {name: block(tensor, wanted[name].shape) for name, tensor in found}
+
+    def _lowered(self, job: Job, graph: graphs.Graph, blocks: Mapping[str, Array]) -> bytes:
+        if job.standalone:
+            return lower.embedded(graph, blocks, job.steps)
+        return lower.shared(graph, self._tables[job.weights_file], job.weights_file, job.steps)
+
+    def _gate(self, stage: Path) -> Iterator[tuple[str, tuple[Parity, parity.Logits]]]:
         """Parity of every artifact; the record stays where neither its files nor the samples changed."""
-        images = normalise(self._samples.images, self._weights.spec.preprocessing)
+        preprocessing = self._weights.spec.preprocessing
+        shown = parity.Shown(self._samples.images, preprocessing, not samples.is_synthetic(self._samples.source))
+        images = prepared(self._samples.images, "float32", preprocessing)
         kept = self._unchanged()
         references: dict[int, parity.Logits] = {}
         for done, job in enumerate(self._jobs):
             self._report("checking parity", done, len(self._jobs))
             if job.name in kept:
-                yield job, kept[job.name]
+                yield job.name, kept[job.name]
                 continue
             subnet = self._geometry.subnet(job.heads)
             if job.heads not in references:
-                references[job.heads] = parity.reference(self._weights, subnet, images)
-            paths = {dialect: stage / job.graph_file(dialect) for dialect in graphs.DIALECTS}
-            yield job, parity.gate(references[job.heads], paths, subnet, job.precision, job.batch, images, self._runner)
+                references[job.heads] = parity.reference(self._weights, subnet, np.asarray(images, np.float32))
+            with self._runnable(stage, job) as paths:
+                yield (
+                    job.name,
+                    parity.gate(
+                        job.name,
+                        references[job.heads],
+                        paths,
+                        subnet,
+                        job.precision,
+                        job.input,
+                        job.batch,
+                        shown,
+                        self._runner,
+                    ),
+                )
         self._report("checking parity", len(self._jobs), len(self._jobs))
+
+    @contextmanager
+    def _runnable(self, stage: Path, job: Job) -> Iterator[dict[Dialect, Path]]:
+        """The graph files of a job; of a graph in bfloat16, one that emulates it."""
+        paths = {dialect: stage / job.graph_file(dialect) for dialect in job.precision.dialects}
+        emulated = []
+        for dialect, graph in self._graphs[job.name].items():
+            if graph.dtype == "bfloat16":
+                blocks = self._blocks(job) if job.standalone else {}
+                paths[dialect] = stage / f"{job.name}.emulated.onnx"
+                paths[dialect].write_bytes(self._lowered(job, widened(graph), blocks))
+                emulated.append(paths[dialect])
+        try:
+            yield paths
+        finally:
+            for path in emulated:
+                path.unlink()
 
     def _unchanged(self) -> dict[str, tuple[Parity, parity.Logits]]:
         if self._there is None:
@@ -248,11 +275,14 @@ class _Export:
             name=job.name,
             heads=job.heads,
             precision=job.precision.name,
+            dtype=job.precision.dtype,
+            input=job.input,
+            quantisation=job.quantisation,
             batch=job.batch,
-            graphs={dialect: job.graph_file(dialect) for dialect in graphs.DIALECTS},
-            weights=None if job.standalone else f"supernet-{job.precision.name}.weights",
-            sha256=self._content[job],
-            graph_sha256=self._digests[job],
+            graphs={dialect: job.graph_file(dialect) for dialect in job.precision.dialects},
+            weights=None if job.standalone else job.weights_file,
+            sha256=self._content[job.name],
+            graph_sha256=self._digests[job.name],
             parameters=subnet.parameters,
             macs=subnet.macs,
             size_bytes=0,
@@ -260,9 +290,10 @@ class _Export:
         )
 
 
-def _graphs(job: Job, geometry: Geometry) -> tuple[graphs.Graph, ...]:
-    subnet = geometry.subnet(job.heads)
-    return tuple(graphs.write(subnet, job.precision, dialect, job.batch) for dialect in graphs.DIALECTS)
+def source_of(weights: Weights) -> Source:
+    """A supernet's weights in stored form."""
+    arrays = {name: tensor.numpy() for name, tensor in weights.tensors.items()}
+    return Source(arrays, weights.spec.geometry, weights.spec.preprocessing)
 
 
 def _existing(path: Path, supernet_sha256: str, *, force: bool) -> Bundle | None:
@@ -291,10 +322,9 @@ def _existing(path: Path, supernet_sha256: str, *, force: bool) -> Bundle | None
 def _merged(there: Bundle | None, new: Iterable[Job]) -> list[Job]:
     """The jobs that make the bundle: what is there, and what is new in its place or beside it; in a fixed order."""
     artifacts = there.manifest.artifacts if there is not None else ()
-    jobs = {a.name: Job(a.heads, precision(a.precision), a.batch, a.weights is None) for a in artifacts}
-    jobs |= {job.name: job for job in new}
+    jobs = {artifact.name: job_of(artifact) for artifact in artifacts} | {job.name: job for job in new}
     order = list(PRECISIONS)
-    return sorted(jobs.values(), key=lambda job: (order.index(job.precision.name), job.heads))
+    return sorted(jobs.values(), key=lambda job: (order.index(job.precision.name), job.input, job.heads))
 
 
 def _samples_of(there: Bundle | None) -> samples.Samples | None:

@@ -20,15 +20,14 @@ from hydradeploy.bundle import (
     StoredTensor,
     golden_bytes,
     open_bundle,
-    stored_shapes,
     write_file,
 )
 from hydradeploy.errors import UsageError
-from hydradeploy.exporter import graph as graphs
 from hydradeploy.exporter import lower
-from hydradeploy.exporter.precision import precision
+from hydradeploy.exporter.jobs import job_of
 from hydradeploy.exporter.weights import Array, layout, map_weights, write_weights
 from hydradeploy.files import locked, sha256_bytes, staged
+from hydradeploy.stored import stored
 
 _UNKNOWN = FileRecord(sha256="0" * 64, size_bytes=0)
 
@@ -104,13 +103,12 @@ def _sized(artifact: Artifact, size_bytes: int) -> Artifact:
 
 
 def _plan(manifest: Manifest, artifact: Artifact, golden: Golden) -> _Plan:
-    subnet = manifest.spec.geometry.subnet(artifact.heads)
-    kind = precision(artifact.precision)
-    table, weights_bytes = layout(stored_shapes(subnet), kind)
+    job, geometry = job_of(artifact), manifest.spec.geometry
+    table, weights_bytes = layout(stored(geometry.subnet(job.heads), job.form(geometry)))
     weights = f"{artifact.name}.weights"
     files: dict[str, bytes] = {
-        name: lower.shared(graphs.write(subnet, kind, dialect, artifact.batch), table, weights)
-        for dialect, name in artifact.graphs.items()
+        artifact.graphs[dialect]: lower.shared(graph, table, weights, job.steps)
+        for dialect, graph in job.graphs(geometry).items()
     }
     one = Golden(golden.images, {artifact.name: golden.logits[artifact.name]})
     files[GOLDEN] = golden_bytes(one)

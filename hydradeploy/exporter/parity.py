@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hydradeploy.backends import Backend, Options, model, run_all
+from hydradeploy.backends import Backend, Options, model, prepared, run_all
 from hydradeploy.bundle import Batch, Dialect, Parity
 from hydradeploy.errors import ParityError
-from hydradeploy.exporter.precision import Precision
-from hydradeploy.spec import Subnet
+from hydradeploy.exporter.precision import LEAST_COSINE, Precision
+from hydradeploy.spec import Preprocessing, Subnet
 from hydradeploy.stats.logits import Agreement, agreement
+from hydradeploy.stored import Input
 from hydradeploy.supernet.store import Weights
 
 Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The samples an artifact is judged by: uint8 pixels, and whether they are images or come from a seed."""
+
+    pixels: NDArray[np.uint8]
+    preprocessing: Preprocessing
+    real: bool
 
 
 def reference(weights: Weights, subnet: Subnet, images: NDArray[np.float32]) -> Logits:
@@ -28,38 +39,51 @@ def reference(weights: Weights, subnet: Subnet, images: NDArray[np.float32]) -> 
 
 
 def gate(
+    name: str,
     expected: Logits,
     graphs: dict[Dialect, Path],
     subnet: Subnet,
     precision: Precision,
+    kind: Input,
     batch: Batch,
-    images: NDArray[np.float32],
+    shown: Shown,
     backend: Backend,
 ) -> tuple[Parity, Logits]:
     """Run every dialect's graph and compare; returns the record and the logits of the backend's own dialect.
 
     Raises ParityError with the figures where a graph differs by more than the precision allows.
     """
-    name = f"{subnet.name}-{precision.name}"
+    images = prepared(shown.pixels, kind, shown.preprocessing)
     results: dict[Dialect, tuple[Agreement, Logits]] = {}
     for dialect, path in graphs.items():
-        opened = model(name, path, batch, subnet.geometry)
+        opened = model(name, path, batch, subnet.geometry, kind, precision.name)
         with backend.open(opened, Options()) as session:
             logits = run_all(session, opened, images)
         found = agreement(expected, logits, precision.tolerance)
         results[dialect] = found, logits
-        if not found.within or (precision.exact_top1 and found.top1_agreement < 1):
-            raise ParityError(
-                f"{name} ({dialect}) does not compute what the supernet computes: largest logit difference "
-                f"{found.max_difference:.2e} of the largest |logit| ({precision.tolerance:.0e} allowed), "
-                f"top-1 equal on {found.top1_agreement:.1%} of {found.samples} samples",
-                hint="no bundle was written; where the weights overflow a narrow type, export them in fp32",
-            )
+        _check(f"{name} ({dialect})", found, precision)
     compared = [found for found, _ in results.values()]
+    top1 = min(found.top1_agreement for found in compared)
     parity = Parity(
         samples=len(images),
         max_difference=max(found.max_difference for found in compared),
         tolerance=precision.tolerance,
-        top1_agreement=min(found.top1_agreement for found in compared),
+        cosine=min(found.cosine for found in compared),
+        least_cosine=LEAST_COSINE,
+        top1_agreement=top1 if shown.real or precision.exact_top1 else None,
     )
-    return parity, results[backend.dialect][1]
+    own = next((dialect for dialect in results if dialect == backend.dialect), next(iter(results)))
+    return parity, results[own][1]
+
+
+def _check(name: str, found: Agreement, precision: Precision) -> None:
+    same = found.within and found.cosine >= LEAST_COSINE
+    if same and not (precision.exact_top1 and found.top1_agreement < 1):
+        return
+    raise ParityError(
+        f"{name} does not compute what the supernet computes: largest logit difference "
+        f"{found.max_difference:.2e} of the largest |logit| ({precision.tolerance:.0e} allowed), smallest cosine "
+        f"{found.cosine:.4f} ({LEAST_COSINE} asked), top-1 equal on {found.top1_agreement:.1%} of "
+        f"{found.samples} samples",
+        hint="no bundle was written; where the weights overflow a narrow type, export them in fp32",
+    )
