@@ -18,7 +18,15 @@ import msgspec
 import typer
 
 from hydradeploy.bundle import Batch, Check
-from hydradeploy.errors import EXIT_CODES, EnvironmentFailed, ExitCode, HydraError, InputError, UsageError
+from hydradeploy.errors import (
+    EXIT_CODES,
+    EnvironmentFailed,
+    ExitCode,
+    HydraError,
+    InputError,
+    MissingError,
+    UsageError,
+)
 from hydradeploy.spec import Interpolation, Spec, parse_heads, show_heads
 from hydradeploy.units import show_bytes, show_count, show_percent
 
@@ -28,7 +36,9 @@ if TYPE_CHECKING:
 
     from hydradeploy.measurements import Cell
     from hydradeploy.profiler.plan import Plan
+    from hydradeploy.runtime.verify import Verified
     from hydradeploy.selector.budget import Budget
+    from hydradeploy.stored import Input
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
@@ -215,12 +225,29 @@ def export(
     supernet: Annotated[Path, typer.Option(help="The supernet file.")] = Path("supernet.safetensors"),
     bundle: BundlePath = Path("bundle"),
     heads: Annotated[str | None, typer.Option(help="Head counts: 3,6,9-12. Default: all that were trained.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16; several with commas.")] = "fp32",
+    precision: Annotated[
+        str,
+        typer.Option(help="fp32, fp16, bf16, int8dyn (ranges at run time), int8 (calibrated); several with commas."),
+    ] = "fp32",
     data: Annotated[
         str | None,
-        typer.Option(help="Images for the parity gate: digits, glyphs, a folder or .npz. Default: from a seed."),
+        typer.Option(
+            help="Images to compare graphs on and to calibrate int8 with: digits, glyphs, a folder or .npz. "
+            "Default: from a seed."
+        ),
     ] = None,
     batch: Annotated[str, typer.Option(help="Images per run: a number, or dynamic.")] = "1",
+    input: Annotated[
+        str, typer.Option(metavar="float32|uint8", help="Normalised images (b, c, s, s), or pixels (b, s, s, c).")
+    ] = "float32",
+    calibration: Annotated[
+        str, typer.Option(metavar="minmax|percentile|entropy", help="How static int8 finds its ranges.")
+    ] = "minmax",
+    calibration_images: Annotated[int, typer.Option(help="To find them with.", min=1)] = 64,
+    max_drop: Annotated[
+        str | None,
+        typer.Option(help="Top-1 that int8 may cost on --data, 0.5pp; layers that hurt are kept in float."),
+    ] = None,
     standalone: Annotated[bool, typer.Option("--standalone", help="Graphs that carry their own weights.")] = False,
     force: Force = False,
     as_json: Json = False,
@@ -231,8 +258,18 @@ def export(
     are in the bundle already stay.
     """
     wanted = None if heads is None else parse_heads(heads)
+    if input not in ("float32", "uint8"):
+        raise UsageError(f"--input {input!r} is not possible", hint="float32 or uint8")
     with _extra("export"):
         from hydradeploy.exporter.export import export as call
+        from hydradeploy.exporter.quantise import Quantising
+    from hydradeploy.units import FRACTION, parse
+
+    quantising = Quantising(
+        method=calibration,
+        images=calibration_images,
+        max_drop=None if max_drop is None else parse(max_drop, FRACTION),
+    )
     with _progress() as report:
         written = call(
             supernet,
@@ -240,8 +277,10 @@ def export(
             heads=wanted,
             precisions=[name.strip() for name in precision.split(",")],
             batch=_batch(batch),
+            input=cast("Input", input),
             standalone=standalone,
             data=data,
+            quantising=quantising,
             force=force,
             report=report,
         )
@@ -256,11 +295,12 @@ def export(
             show_count(a.macs),
             show_bytes(a.size_bytes),
             f"{a.parity.max_difference:.1e}",
-            show_percent(a.parity.top1_agreement, 0),
+            f"{a.parity.cosine:.4f}",
+            "" if a.parity.top1_agreement is None else show_percent(a.parity.top1_agreement, 0),
         )
         for a in manifest.artifacts
     ]
-    _table(("artifact", "parameters", "MACs", "packed size", "logit difference", "same top-1"), rows)
+    _table(("artifact", "parameters", "MACs", "packed size", "logit difference", "cosine", "same top-1"), rows)
     total = sum(record.size_bytes for record in manifest.files.values())
     stored = sum(record.size_bytes for name, record in manifest.files.items() if name in manifest.weights)
     print(
@@ -280,7 +320,12 @@ def evaluate(
     ] = None,
     bundle: BundlePath = Path("bundle"),
     limit: Annotated[int | None, typer.Option(help="Evaluate on that many images, spread evenly.", min=1)] = None,
-    backend: Annotated[str | None, typer.Option(help="Default: the first that is usable.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="One, several with commas, or all. Default: the first that is usable.")
+    ] = None,
+    compute_type: Annotated[
+        str | None, typer.Option(help="What to compute in: fp32,bf16. Default: what suits each artifact.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy of every artifact.
@@ -297,9 +342,17 @@ def evaluate(
         found = declare(bundle, declared)
     else:
         with _progress() as report:
-            found = call(bundle, str(data), limit=limit, backend_name=backend, report=report)
+            found = call(
+                bundle,
+                str(data),
+                limit=limit,
+                backends=_names(backend),
+                compute_types=_names(compute_type),
+                report=report,
+                say=report.say,
+            )
     if as_json:
-        _print_json({"bundle": str(bundle), "rows": found.rows})
+        _print_json({"bundle": str(bundle), "rows": found.rows, "left_out": found.left_out})
         return
     rows = [
         (
@@ -308,11 +361,12 @@ def evaluate(
             f"{show_percent(row.lower, 2)} .. {show_percent(row.upper, 2)}",
             str(row.n),
             row.dataset,
-            row.source if row.backend is None else f"{row.backend}, {row.instruction_set}",
+            row.input or "",
+            row.source if row.backend is None else f"{row.backend}, {row.compute_type}, {row.instruction_set}",
         )
         for row in found.rows
     ]
-    _table(("artifact", "top-1", "95% interval", "images", "data", "by"), rows)
+    _table(("artifact", "top-1", "95% interval", "images", "data", "input", "by"), rows)
 
 
 @app.command()
@@ -322,7 +376,16 @@ def profile(
     device: Annotated[
         str | None, typer.Option(metavar="jetson|cuda|cpu", help="Default: what this machine is.")
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="Default: the first that is usable.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="One, several with commas, or all. Default: the first that is usable.")
+    ] = None,
+    compute_type: Annotated[
+        str | None, typer.Option(help="What to compute in: fp32,bf16. Default: what suits each artifact.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE[,VALUE], for backends that have it: hint=throughput,latency. Several times."),
+    ] = None,
     heads: Annotated[str | None, typer.Option(help="Head counts: 3,6,9-12. Default: all in the bundle.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32,fp16. Default: all in the bundle.")] = None,
     threads: Annotated[str | None, typer.Option(help="Thread counts: 1,2. Default: one per usable core.")] = None,
@@ -361,9 +424,11 @@ def profile(
 
     order = Order(
         device=device,
-        backend=backend,
+        backends=_names(backend),
+        compute_types=_names(compute_type),
+        settings=_settings(setting or ()),
         heads=None if heads is None else parse_heads(heads),
-        precisions=None if precision is None else [name.strip() for name in precision.split(",")],
+        precisions=_names(precision),
         threads=None if threads is None else _counts(threads),
         preset=preset,
         pace_hz=None if pace is None else parse(pace, RATE),
@@ -386,7 +451,8 @@ def profile(
             say=report.say,
         )
     if as_json:
-        _print_json({"profile": str(done.stored.path), "device": done.stored.profile.device, "cells": done.cells})
+        found = {"profile": str(done.stored.path), "device": done.stored.profile.device, "cells": done.cells}
+        _print_json({**found, "left_out": done.left_out})
     else:
         _show_cells(done.cells)
         print(f"{done.stored.path}: {done.stored.profile.device.name}, {len(done.cells)} cells measured")
@@ -401,7 +467,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     from hydradeploy.profiler.plan import HEADER, rows, sentence
 
     _table(HEADER, rows(plan))
-    print(sentence(plan))
+    print("\n".join((*plan.left_out, sentence(plan))))
 
 
 def _show_cells(cells: Sequence[Cell]) -> None:
@@ -542,6 +608,26 @@ def _flags(text: str | None) -> tuple[str, ...]:
     return tuple(filter(None, (part.strip() for part in (text or "").split(","))))
 
 
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """Names with commas between them, None where none are given; raises UsageError for an empty list."""
+    if text is None:
+        return None
+    found = _flags(text)
+    if not found:
+        raise UsageError(f"{text!r} names nothing", hint="one name, or several with commas")
+    return found
+
+
+def _settings(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        name, _, values = (part.strip() for part in text.partition("="))
+        if not name or not _flags(values):
+            raise UsageError(f"--setting {text!r} is not possible", hint="write for example hint=throughput,latency")
+        found[name] = (*found.get(name, ()), *_flags(values))
+    return found
+
+
 @app.command()
 def doctor(
     device: Annotated[
@@ -567,7 +653,9 @@ def doctor(
 @app.command()
 def verify(
     bundle: BundlePath = Path("bundle"),
-    backend: Annotated[str | None, typer.Option(help="Run the golden samples on this backend.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Run the golden samples on: one, several with commas, or all.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a bundle's files and what it computes here.
@@ -576,19 +664,35 @@ def verify(
     """
     from hydradeploy.runtime.verify import verify as call
 
-    verified = call(bundle, backend_name=backend)
+    verified = call(bundle, backends=_names(backend))
     if as_json:
         _print_json(verified)
-        return
+    else:
+        _show_verified(verified)
+    if verified.failed:
+        raise MissingError(
+            f"{len(verified.failed)} of {len(verified.failed) + len(verified.outputs)} artifacts could not be run: "
+            + "; ".join(verified.failed)
+        )
+
+
+def _show_verified(verified: Verified) -> None:
     if verified.outputs:
         rows = [
-            (o.artifact, o.backend, f"{o.max_difference:.1e}", f"{o.tolerance:.0e}", show_percent(o.top1_agreement, 0))
+            (
+                o.artifact,
+                o.backend,
+                f"{o.max_difference:.1e}",
+                f"{o.tolerance:.0e}",
+                f"{o.cosine:.4f}",
+                show_percent(o.top1_agreement, 0),
+            )
             for o in verified.outputs
         ]
-        _table(("artifact", "backend", "logit difference", "allowed", "same top-1"), rows)
-    print(f"{bundle}: {verified.files} files, {show_bytes(verified.size_bytes)}, every hash agrees")
-    if verified.outputs_skipped:
-        print(f"outputs not checked: {verified.outputs_skipped}")
+        _table(("artifact", "backend", "logit difference", "allowed", "cosine", "same top-1"), rows)
+    print(f"{verified.bundle}: {verified.files} files, {show_bytes(verified.size_bytes)}, every hash agrees")
+    for line in verified.outputs_skipped:
+        print(f"outputs not checked: {line}")
 
 
 @app.command()
@@ -632,6 +736,8 @@ def run(
         raise UsageError(f"--verify {check!r} is not possible", hint="stamp or always")
     if latency and artifact is not None:
         raise UsageError("--artifact and --latency exclude each other", hint="name the artifact or the budget")
+    compute_type: str | None = None
+    settings: Mapping[str, str] = {}
     if latency:
         from hydradeploy.report.text import answer_lines
         from hydradeploy.selector.pick import Request, exit_code, pick
@@ -641,6 +747,7 @@ def run(
         if answer.pick is None:
             raise typer.Exit(exit_code((answer,)))
         artifact, backend, threads = answer.pick.artifact, answer.pick.backend, answer.pick.threads
+        compute_type, settings = answer.pick.compute_type, answer.pick.settings
     from hydradeploy.runtime.predict import run as call
 
     running = call(
@@ -650,6 +757,8 @@ def run(
         backend_name=backend,
         top=top,
         threads=threads,
+        compute_type=compute_type,
+        settings=settings,
         check=cast("Check", check),
     )
     if artifact is None:
@@ -667,7 +776,8 @@ def run(
             name = guess.name if guess.name is not None else f"class {guess.index}"
             print(f"  {show_percent(guess.probability):>6}  {name}")
     if as_json:
-        _print_json({"artifact": running.artifact.name, "backend": running.backend, "images": predictions})
+        how = {"artifact": running.artifact.name, "backend": running.backend, "compute_type": running.compute_type}
+        _print_json({**how, "images": predictions})
     failed = sum(prediction.error is not None for prediction in predictions)
     if failed:
         raise InputError(f"{failed} of {len(predictions)} images could not be read, the others are answered")
@@ -819,8 +929,6 @@ def _extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("hydradeploy"):
             raise
-        from hydradeploy.errors import MissingError
-
         raise MissingError(
             f"the package {error.name} is not installed; this command belongs on a workstation",
             hint=f"pip install 'hydradeploy[{name}]'",

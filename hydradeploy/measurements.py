@@ -3,7 +3,8 @@
     profiles/<device>-<power mode>-<stack>.json
 
 Percentiles are computed on reading, so that a better estimator applies to old measurements. History of the schema: 1,
-the first; 2, clocks, switches, remarks on flags, the meter of an energy and what was missing.
+the first; 2, clocks, switches, remarks on flags, the meter of an energy and what was missing; 3, settings of a backend,
+and latencies that include turning pixels into what the model takes.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import msgspec
 from hydradeploy.errors import IntegrityError, UsageError, environment
 from hydradeploy.files import locked, write_atomically
 from hydradeploy.spec import Record, decode
+from hydradeploy.units import show_threads
 
-SCHEMA = 2
+SCHEMA = 3
 
-Key = tuple[str, str, str, str, str, str, int, int, str]
+Key = tuple[str, str, str, str, str, str, str, int, int, str]
 
 
 class Device(Record, frozen=True, kw_only=True):
@@ -72,6 +74,8 @@ class Conditions(Record, frozen=True, kw_only=True):
 class Cell(Record, frozen=True, kw_only=True):
     """One artifact on one backend, measured.
 
+    `compute_type` is what products are computed in, `settings` are those of the backend that are not its defaults,
+    `input` is the type that the artifact takes.
     `regime` is how calls arrive: `saturated`, one right after the other; `paced-30hz`, on a schedule, where a latency
     counts from the intended arrival; `concurrent-4`, from four callers at once; `burst` and `sustained`, the first and
     the thermally settled ones of a long run.
@@ -79,8 +83,8 @@ class Cell(Record, frozen=True, kw_only=True):
     `latency_s` are the raw samples in order, `process` the child each comes from, `load_s` and `first_s` one value per
     child, `switch_s` first calls after another model's. `memory_bytes` is the most that any child took beyond what the
     runtime takes without a model, `energy_j` per image and beyond idling, by `meter`. `flags` say what was wrong with
-    the measurement, `remarks` on what evidence, `evidence` has the numbers, one per child; `missing` says why a
-    quantity is not there. `error` says why there is no measurement, or no more of it.
+    the measurement, `remarks` on what evidence, `evidence` has the numbers, one for each child that could tell it;
+    `missing` says why a quantity is not there, or that another stands in for it. `error` says why there is no measurement, or no more of it.
     """
 
     artifact: str
@@ -88,6 +92,7 @@ class Cell(Record, frozen=True, kw_only=True):
     backend: str
     processor: str
     compute_type: str
+    settings: dict[str, str] = msgspec.field(default_factory=dict)
     input: str
     batch: int
     threads: int
@@ -133,6 +138,7 @@ class Cell(Record, frozen=True, kw_only=True):
             self.backend,
             self.processor,
             self.compute_type,
+            show_settings(self.settings),
             self.input,
             self.batch,
             self.threads,
@@ -160,6 +166,17 @@ class Stored:
 
     path: Path
     profile: Profile
+
+
+def show_settings(settings: Mapping[str, str]) -> str:
+    """`hint=throughput`, several with commas in the order of their names; empty for the defaults."""
+    return ", ".join(f"{name}={settings[name]}" for name in sorted(settings))
+
+
+def show_way(artifact: str, backend: str, compute_type: str, settings: str, threads: int) -> str:
+    """`onnxruntime, 2 threads`, with settings, and with the compute type where the artifact's name does not tell it."""
+    told = compute_type in artifact.split("-")
+    return ", ".join(filter(None, (backend, "" if told else compute_type, settings, show_threads(threads))))
 
 
 def read_profile(path: Path) -> Stored:

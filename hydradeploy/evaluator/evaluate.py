@@ -1,27 +1,28 @@
 """`evaluate`: how often each artifact is right, by the runtime that will run it.
 
-Each image is read and prepared once and shown to every artifact. What each said of each image is kept, so that two
-artifacts can be compared on the same images.
+Each image is read and prepared once for all head counts of a precision on a backend. What each said of each image is
+kept, so that two artifacts can be compared on the same images.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.backends import Backend, Options, backend, model_of, run_all
-from hydradeploy.bundle import AccuracyRow, Artifact, Bundle, Outcomes, open_bundle, write_accuracy
+from hydradeploy.backends import Images, Session, model_of, prepared, run_all
+from hydradeploy.backends.ways import Way, named, ways
+from hydradeploy.bundle import AccuracyRow, Bundle, Outcomes, open_bundle, write_accuracy
 from hydradeploy.data.datasets import Dataset, open_dataset, spread
-from hydradeploy.data.preprocess import normalise
 from hydradeploy.devices.cpu import instruction_set
-from hydradeploy.errors import InputError, UsageError
+from hydradeploy.errors import InputError, MissingError, UsageError
 from hydradeploy.stats.logits import softmax
 from hydradeploy.stats.proportions import wilson
 
@@ -32,10 +33,11 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The rows this call measured or took over, one per artifact."""
+    """The rows this call measured or took over, one per artifact and way to run it, and why others are not there."""
 
     bundle: Path
     rows: tuple[AccuracyRow, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -43,26 +45,44 @@ def evaluate(
     data: str,
     *,
     limit: int | None = None,
-    backend_name: str | None = None,
+    backends: Sequence[str] | None = None,
+    compute_types: Sequence[str] | None = None,
     report: Report = lambda what, done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Measure top-1 of every artifact on the test split of a data set and keep it in the bundle.
 
-    `limit` takes that many images, spread evenly over the set. Rows of the same artifact, backend, instruction set and
-    data set are replaced, all others stay. Raises UsageError (no bundle, no such data set), InputError (an image or a
-    label refused, another number of classes), IntegrityError (damaged bundle), MissingError (no backend).
+    `limit` takes that many images, spread evenly over the set. `backends` None is the first usable one, `all` among
+    them every usable one; `compute_types` None is the default of each artifact. What a backend does not run, or fails
+    to, is left out and the others go on. Rows of the same artifact, backend, compute type, instruction set and data set
+    are replaced, all others stay.
+
+    Raises UsageError (no bundle, no such data set), InputError (an image or a label refused, another number of
+    classes), IntegrityError (damaged bundle), MissingError (no backend, none that runs any artifact or computes in what
+    was asked for).
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit {limit} is not possible", hint="--limit takes 1 or more images")
-    runner = backend(backend_name)
+    runners = named(backends)
     opened = open_bundle(bundle)
+    wanted = ways(opened, opened.manifest.artifacts, runners, compute_types=compute_types)
     dataset = open_dataset(data, "test")
     chosen = np.arange(len(dataset)) if limit is None else spread(len(dataset), limit)
-    labels = dataset.labels_for(opened.spec)[chosen]
-    outcomes, digest = _outcomes(opened, runner, dataset, chosen, labels, report)
-    rows = {_measured(opened.artifact(name), runner, dataset, digest, found): found for name, found in outcomes.items()}
+    shown = _Shown(opened, dataset, chosen, dataset.labels_for(opened.spec)[chosen])
+    for line in wanted.left_out:
+        say(line)
+    rows: dict[AccuracyRow, Outcomes] = {}
+    failed: list[str] = []
+    for alike in _groups(wanted.found):
+        name = f"evaluating on {dataset.name}, {alike[0].runner.name}, {alike[0].compute_type}"
+        outcomes, digest = _outcomes(shown, alike, partial(report, name), failed)
+        rows |= {_measured(way, dataset, digest, found): found for way, found in outcomes}
+    for line in failed:
+        say(line)
+    if not rows:
+        raise MissingError(f"no artifact could be evaluated: {'; '.join(failed)}")
     write_accuracy(opened, rows)
-    return Evaluation(bundle, tuple(rows))
+    return Evaluation(bundle, tuple(rows), (*wanted.left_out, *failed))
 
 
 def declare(bundle: Path, table: Path) -> Evaluation:
@@ -79,32 +99,75 @@ def declare(bundle: Path, table: Path) -> Evaluation:
     return Evaluation(bundle, rows)
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """The images of a data set that artifacts are shown."""
+
+    bundle: Bundle
+    dataset: Dataset
+    chosen: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+
+def _groups(found: Sequence[Way]) -> Iterator[list[Way]]:
+    """Those whose sessions are open at once: all head counts of a precision on one backend, but no more."""
+    groups: dict[tuple[str, str, str], list[Way]] = {}
+    for way in found:
+        groups.setdefault((way.runner.name, way.compute_type, way.artifact.precision), []).append(way)
+    yield from groups.values()
+
+
 def _outcomes(
-    bundle: Bundle,
-    runner: Backend,
-    dataset: Dataset,
-    chosen: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    report: Report,
-) -> tuple[Mapping[str, Outcomes], str]:
-    """What every artifact says of every chosen image, and the hash of those images and labels as they were shown."""
-    artifacts = bundle.manifest.artifacts
-    parts: dict[str, list[Outcomes]] = {artifact.name: [] for artifact in artifacts}
-    digest = hashlib.sha256(labels.astype("<i8").tobytes())
+    shown: _Shown, alike: Sequence[Way], report: Callable[[int, int], None], failed: list[str]
+) -> tuple[list[tuple[Way, Outcomes]], str]:
+    """What each artifact says of every chosen image, and the hash of those images and labels as they were shown.
+
+    What fails on the way is left out and named in `failed`.
+    """
+    spec, chosen = shown.bundle.spec, shown.chosen
+    digest = hashlib.sha256(shown.labels.astype("<i8").tobytes())
     with ExitStack() as stack:
-        models = [model_of(bundle, artifact, runner.dialect) for artifact in artifacts]
-        sessions = [stack.enter_context(runner.open(model, Options())) for model in models]
+        asked = [_Asked(shown.bundle, way, stack) for way in alike]
         for start in range(0, len(chosen), _CHUNK):
-            report(f"evaluating on {dataset.name}", start, len(chosen))
+            if all(one.error is not None for one in asked):
+                break
+            report(start, len(chosen))
             indices = chosen[start : start + _CHUNK]
-            pixels = np.stack([dataset.pixels(int(i), bundle.spec) for i in indices])
+            pixels = np.stack([shown.dataset.pixels(int(i), spec) for i in indices])
             digest.update(pixels.tobytes())
-            images = normalise(pixels, bundle.spec.preprocessing)
-            for model, session in zip(models, sessions, strict=True):
-                logits = run_all(session, model, images)
-                parts[model.name].append(_judge(logits, labels[start : start + _CHUNK]))
-    report(f"evaluating on {dataset.name}", len(chosen), len(chosen))
-    return {name: _joined(found) for name, found in parts.items()}, digest.hexdigest()
+            images = {
+                kind: prepared(pixels, kind, spec.preprocessing) for kind in {way.artifact.input for way in alike}
+            }
+            for one in asked:
+                one.show(images[one.way.artifact.input], shown.labels[start : start + _CHUNK])
+    report(len(chosen), len(chosen))
+    failed += [f"left out: {one.way.artifact.name}: {one.error}" for one in asked if one.error is not None]
+    return [(one.way, _joined(one.said)) for one in asked if one.error is None], digest.hexdigest()
+
+
+class _Asked:
+    """An artifact that is shown images until it fails."""
+
+    def __init__(self, bundle: Bundle, way: Way, stack: ExitStack) -> None:
+        self.way = way
+        self.said: list[Outcomes] = []
+        self.error: str | None = None
+        self._model = model_of(bundle, way.artifact, way.runner.dialect)
+        self._session: Session | None = None
+        with self._failing():
+            self._session = stack.enter_context(way.runner.open(self._model, way.options()))
+
+    def show(self, images: Images, labels: NDArray[np.int64]) -> None:
+        if self._session is not None and self.error is None:
+            with self._failing():
+                self.said.append(_judge(run_all(self._session, self._model, images), labels))
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except MissingError as error:
+            self.error = error.message
 
 
 def _judge(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Outcomes:
@@ -121,7 +184,8 @@ def _joined(parts: list[Outcomes]) -> Outcomes:
     )
 
 
-def _measured(artifact: Artifact, runner: Backend, dataset: Dataset, digest: str, found: Outcomes) -> AccuracyRow:
+def _measured(way: Way, dataset: Dataset, digest: str, found: Outcomes) -> AccuracyRow:
+    artifact, runner = way.artifact, way.runner
     correct, n = int(found.right.sum()), len(found.right)
     lower, upper = wilson(correct, n)
     where = instruction_set()
@@ -129,8 +193,9 @@ def _measured(artifact: Artifact, runner: Backend, dataset: Dataset, digest: str
         artifact=artifact.name,
         sha256=artifact.sha256,
         backend=runner.name,
-        compute_type=artifact.precision,
+        compute_type=way.compute_type,
         instruction_set=where,
+        input=artifact.input,
         dataset=dataset.name,
         data_sha256=digest,
         correct=correct,
@@ -140,7 +205,7 @@ def _measured(artifact: Artifact, runner: Backend, dataset: Dataset, digest: str
         upper=upper,
         source="measured",
         right=np.packbits(found.right).tobytes(),
-        outcomes="/".join((artifact.sha256[:16], runner.name, artifact.precision, where, dataset.name)),
+        outcomes="/".join((artifact.sha256[:16], runner.name, way.compute_type, where, dataset.name)),
     )
 
 
@@ -164,6 +229,7 @@ def _declared(bundle: Bundle, table: Path) -> Iterator[AccuracyRow]:
             backend=None,
             compute_type=None,
             instruction_set=None,
+            input=None,
             dataset=row["dataset"],
             data_sha256=None,
             correct=round(top1 * n),

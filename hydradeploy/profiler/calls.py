@@ -1,5 +1,8 @@
 """How calls of a session arrive, and how long each takes.
 
+A call begins with the pixels and ends with the logits. What turns pixels into the input that a model takes is part of
+it, so that models of unlike inputs compare fairly.
+
 Back to back (closed loop): a call starts when the one before is done.
 
 From several callers at once: each is such a loop, all on one session, as servers do it. Throughput is then callers over
@@ -20,10 +23,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.backends import Session
+from hydradeploy.backends import Images, Session
+from hydradeploy.stats.basics import median
 
 Clock = Callable[[], float]
 Sleep = Callable[[float], None]
+Pixels = NDArray[np.uint8]
 
 
 @dataclass
@@ -52,10 +57,11 @@ GoesOn = Callable[[Calls], bool]
 
 @dataclass
 class Caller:
-    """Calls a session with the batches (b, n, channels, s, s) in turn, `concurrency` times at once."""
+    """Calls a session with the batches (b, n, s, s, channels) in turn, `concurrency` times at once."""
 
     session: Session
-    batches: NDArray[np.float32]
+    batches: Pixels
+    prepare: Callable[[Pixels], Images]
     clock: Clock
     sleep: Sleep
     pace_hz: float | None = None
@@ -64,10 +70,20 @@ class Caller:
 
     def once(self) -> float:
         """Call once; the seconds it took."""
-        batch, run = self._next(), self.session.run
+        batch, run, prepare = self._next(), self.session.run, self.prepare
         began = self.clock()
-        run(batch)
+        run(prepare(batch))
         return self.clock() - began
+
+    def prepare_s(self, times: int) -> float:
+        """What of a call is preparing its input: the median of so many without the rest."""
+        taken = []
+        for place in range(times):
+            batch = self.batches[place % len(self.batches)]
+            began = self.clock()
+            self.prepare(batch)
+            taken.append(self.clock() - began)
+        return median(taken)
 
     def call(self, goes_on: GoesOn) -> Calls:
         """Call for as long as `goes_on`, which is asked before each call and by one caller at a time.
@@ -89,8 +105,8 @@ class Caller:
             raise run.error
         return run.calls
 
-    def _next(self) -> NDArray[np.float32]:
-        batch: NDArray[np.float32] = self.batches[self._number % len(self.batches)]
+    def _next(self) -> Pixels:
+        batch: Pixels = self.batches[self._number % len(self.batches)]
         self._number += 1
         return batch
 
@@ -114,7 +130,8 @@ class _Run:
 
     def loop(self) -> None:
         """What one caller does; nothing but the call itself is between the two looks at the clock."""
-        clock, run, pace, calls = self.caller.clock, self.caller.session.run, self.caller.pace_hz, self.calls
+        clock, run, prepare = self.caller.clock, self.caller.session.run, self.caller.prepare
+        pace, calls = self.caller.pace_hz, self.calls
         while True:
             with self.lock:
                 self.enough = self.enough or not self.goes_on(calls)
@@ -126,7 +143,7 @@ class _Run:
             if due is not None:
                 self._wait(due)
             began = clock()
-            run(batch)
+            run(prepare(batch))
             ended = clock()
             if counts:
                 with self.lock:

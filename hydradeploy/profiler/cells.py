@@ -38,8 +38,9 @@ def _cell(job: Job, entries: Sequence[Entry], regime: str, here: Machine, device
         graph_sha256=job.artifact.graph_sha256,
         backend=job.request.backend,
         processor=job.processor,
-        compute_type=job.artifact.precision,
-        input="float32",
+        compute_type=job.request.compute_type,
+        settings=job.request.settings,
+        input=job.artifact.input,
         batch=batch_of(job.artifact),
         threads=job.request.threads,
         regime=regime,
@@ -118,7 +119,11 @@ def _mean_energy(energies: Sequence[tuple[float | None, int]]) -> float | None:
 
 
 def _evidence(good: Sequence[Entry], measured: Sequence[Measured]) -> dict[str, tuple[float, ...]]:
-    found: dict[str, list[float]] = {"warmup": [float(m.warmup) for m in measured]}
+    """The numbers by name, in the order of the processes; one that could not tell a number has no place in it."""
+    found: dict[str, list[float]] = {
+        "warmup": [float(m.warmup) for m in measured],
+        "prepare_s": [m.prepare_s for m in measured],
+    }
     steady = [m.steady for m in measured if m.steady is not None]
     if steady:
         found["steady"] = [float(value) for value in steady]
@@ -135,7 +140,7 @@ def _missing(good: Sequence[Entry], here: Machine, *, memory_known: bool, energy
     found = dict(here.missing())
     if not memory_known:
         found.setdefault("memory", "it could not be read, or others gave back more than was taken")
-    else:
+    elif here.occupied_bytes() is None:  # else it says which figure stands in for the process's own
         found.pop("memory", None)
     if not energy_known:
         told = [entry.unmetered for entry in good if entry.unmetered is not None]

@@ -14,53 +14,47 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from hydradeploy.backends import Model, Options, backend
-from hydradeploy.bundle import Batch, Extent
+from hydradeploy.backends import Backend, Model, Options, backend, model_of
+from hydradeploy.bundle import open_bundle
 from hydradeploy.devices import machine
-from hydradeploy.errors import HydraError, MissingError
+from hydradeploy.errors import HydraError, IntegrityError, MissingError
 from hydradeploy.profiler.sampling import Measured, Sampling, measure
 from hydradeploy.profiler.watched import Ended, fresh, oom_kills, run_watched
-from hydradeploy.spec import Record
+from hydradeploy.spec import Preprocessing, Record
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_TIMERSLACK = 29
 
 
-class Opened(Record, frozen=True, kw_only=True):
-    """A model to open."""
+class Request(Record, frozen=True, kw_only=True):
+    """What to measure: an artifact of the bundle in that directory, whose graph must still be the one it was.
 
-    name: str
-    graph: str
-    batch: Batch
-    image_shape: tuple[int, int, int]
-    classes: int
-    extents: tuple[tuple[str, int, int], ...]
-
-    @property
-    def model(self) -> Model:
-        extents = tuple(Extent(Path(path), offset, length) for path, offset, length in self.extents)
-        return Model(self.name, Path(self.graph), self.batch, self.image_shape, self.classes, extents)
-
-
-class Request(Opened, frozen=True, kw_only=True):
-    """What to measure. `batches` is an .npy file of float32 (b, n, channels, s, s).
-
-    `device` is the kind of device that says how much memory is occupied, `cores` those to stay on, None for any that
-    the parent may use, `other` the model to switch from.
+    `batches` is an .npy file of uint8 (b, n, s, s, channels). `device` is the kind of device that says how much memory
+    is occupied, `cores` those to stay on, None for any that the parent may use, `other` the artifact to switch from.
     """
 
+    bundle: str
+    artifact: str
+    graph_sha256: str
     backend: str
+    compute_type: str
+    settings: dict[str, str]
     threads: int
     batches: str
     sampling: Sampling
     device: str = "cpu"
     cores: tuple[int, ...] | None = None
-    other: Opened | None = None
+    other: str | None = None
+
+    @property
+    def options(self) -> Options:
+        return Options(self.threads, self.compute_type, self.settings)
 
 
 def spawn(
@@ -79,11 +73,11 @@ def spawn(
     killed_before = oom_kills()
     ended = run_watched(command, msgspec.json.encode(request) + b"\n", env=env, patience_s=patience_s, release=settled)
     if ended.code != 0:
-        raise MissingError(f"{request.name}: {_how(ended, patience_s, killed_before)}: {ended.last_words}")
+        raise MissingError(f"{request.artifact}: {_how(ended, patience_s, killed_before)}: {ended.last_words}")
     try:
         return msgspec.json.decode(ended.out.splitlines()[-1], type=Measured)
     except (IndexError, msgspec.DecodeError) as error:
-        raise MissingError(f"{request.name}: the measuring process ended without an answer") from error
+        raise MissingError(f"{request.artifact}: the measuring process ended without an answer") from error
 
 
 def _how(ended: Ended, patience_s: float, killed_before: int) -> str:
@@ -99,18 +93,40 @@ def _how(ended: Ended, patience_s: float, killed_before: int) -> str:
 
 
 def answer(request: Request, settled: Callable[[], bool] = lambda: True) -> Measured:
-    """Measure in this process."""
-    batches = np.load(request.batches, mmap_mode=None)
+    """Measure in this process; raises IntegrityError where the bundle has been changed since it was asked."""
+    runner = backend(request.backend)
+    subject = subject_of(request, runner)
     return measure(
-        backend(request.backend),
-        request.model,
-        Options(request.threads),
-        batches,
+        runner,
+        subject.model,
+        request.options,
+        np.load(request.batches, mmap_mode=None),
+        subject.preprocessing,
         request.sampling,
-        other=request.other.model if request.other is not None else None,
+        other=subject.other,
         occupied_bytes=machine(request.device).occupied_bytes,
         settled=settled,
     )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a request is about, as a backend wants it."""
+
+    model: Model
+    other: Model | None
+    preprocessing: Preprocessing
+
+
+def subject_of(request: Request, runner: Backend) -> Subject:
+    """What a request names, found in its bundle; raises what `answer` does."""
+    # The parent has hashed its files.
+    bundle = open_bundle(Path(request.bundle), "manifest")
+    artifact = bundle.artifact(request.artifact)
+    if artifact.graph_sha256 != request.graph_sha256:
+        raise IntegrityError(f"{bundle.path}: was exported again while it was measured")
+    other = None if request.other is None else model_of(bundle, bundle.artifact(request.other), runner.dialect)
+    return Subject(model_of(bundle, artifact, runner.dialect), other, bundle.spec.preprocessing)
 
 
 def main() -> int:

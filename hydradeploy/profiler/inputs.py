@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 
 from hydradeploy.bundle import Bundle
-from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import environment
 
 _IMAGES = 16
@@ -17,12 +16,13 @@ _IMAGES = 16
 
 @contextmanager
 def batches(bundle: Bundle, sizes: set[int]) -> Iterator[Mapping[int, str]]:
-    """Per batch size the name of a file of batches: the golden images and their mirror images, so that inputs change.
+    """Per batch size the name of a file of uint8 batches (b, n, s, s, channels): the golden images and their mirror
+    images, so that inputs change.
 
     The files are in memory, and gone with this process however it ends; raises EnvironmentFailed.
     """
     golden = bundle.golden().images
-    images = normalise(np.concatenate([golden, golden[:, :, ::-1]]), bundle.spec.preprocessing)
+    images = np.concatenate([golden, golden[:, :, ::-1]])
     with ExitStack() as stack, environment("keeping the images to measure with"):
         names = {}
         for size in sizes:

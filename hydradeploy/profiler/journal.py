@@ -25,11 +25,11 @@ from hydradeploy.profiler.presets import Preset, Target
 from hydradeploy.profiler.sampling import Measured
 from hydradeploy.spec import Record, decode
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Header(Record, frozen=True, kw_only=True):
-    """What a run is. `cells` are the keys of its cells, as `artifact graph_sha256 backend batch threads`."""
+    """What a run is. `cells` are the keys of its cells, see `Job.key`."""
 
     schema: int = SCHEMA
     device: Device
@@ -80,11 +80,14 @@ class Entry(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if (self.measured is None) == (self.error is None):
             raise ValueError("it is either measured or has an error")
-        times = (self.measured.load_s, self.measured.first_s, *self.measured.switch_s) if self.measured else ()
+        found = self.measured
+        times = (found.load_s, found.first_s, found.prepare_s, *found.switch_s) if found is not None else ()
         if not all(0 <= value < math.inf for value in (*times, self.wall_s, self.energy_j or 0.0)):
-            raise ValueError("load_s, first_s, switch_s, wall_s and energy_j must be finite and not negative")
-        if self.measured is not None:
-            _check_samples(self.measured)
+            raise ValueError(
+                "load_s, first_s, prepare_s, switch_s, wall_s and energy_j must be finite and not negative"
+            )
+        if found is not None:
+            _check_samples(found)
 
 
 def _check_samples(found: Measured) -> None:
@@ -220,7 +223,10 @@ def _parse(data: bytes, path: Path) -> tuple[Header, tuple[Entry, ...], int]:
     if not length:
         raise IntegrityError(f"{path}: not even its first line is whole", hint="begin anew with --force")
     first, *lines = data[: length - 1].split(b"\n")
-    header = decode(first, Header, f"{path}, line 1", SCHEMA)
+    try:
+        header = decode(first, Header, f"{path}, line 1", SCHEMA)
+    except IntegrityError as error:
+        raise IntegrityError(error.message, hint="begin anew with --force") from error
     entries: list[Entry] = []
     seen: set[tuple[int, int]] = set()
     for number, line in enumerate(lines, 2):

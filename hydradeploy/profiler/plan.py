@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from hydradeploy.backends import Backend, model_of
+from hydradeploy.backends.ways import Way
 from hydradeploy.bundle import Artifact, Bundle
 from hydradeploy.errors import UsageError
-from hydradeploy.measurements import Cell
-from hydradeploy.profiler.child import Opened, Request
+from hydradeploy.measurements import Cell, show_settings
+from hydradeploy.profiler.child import Request
 from hydradeploy.profiler.presets import Preset, Target, regimes, samples_wanted
 from hydradeploy.spec import Record
 from hydradeploy.stats.basics import median
@@ -32,7 +32,8 @@ class Job:
     def key(self) -> str:
         """What it is, in a journal."""
         a, r = self.artifact, self.request
-        return f"{a.name} {a.graph_sha256} {r.backend} batch {batch_of(a)} threads {r.threads}"
+        how = " ".join(filter(None, (r.backend, r.compute_type, show_settings(r.settings))))
+        return f"{a.name} {a.graph_sha256} {how} batch {batch_of(a)} threads {r.threads}"
 
 
 class PlannedCell(Record, frozen=True, kw_only=True):
@@ -40,6 +41,9 @@ class PlannedCell(Record, frozen=True, kw_only=True):
 
     artifact: str
     backend: str
+    compute_type: str
+    settings: dict[str, str]
+    input: str
     threads: int
     batch: int
     rounds: int
@@ -49,16 +53,17 @@ class PlannedCell(Record, frozen=True, kw_only=True):
 
 class Plan(Record, frozen=True, kw_only=True):
     """What would be measured. `expected_s` is None where nothing of it was measured yet; `at_most_s` where samples are
-    cut to fit, beyond which only the least is taken."""
+    cut to fit, beyond which only the least is taken. `left_out` says what cannot be measured."""
 
     preset: str
     regimes: tuple[str, ...]
     cells: tuple[PlannedCell, ...]
     expected_s: float | None
     at_most_s: float | None
+    left_out: tuple[str, ...] = ()
 
 
-HEADER = ("artifact", "threads", "batch", "processes", "samples at least", "one call")
+HEADER = ("artifact", "backend", "threads", "batch", "processes", "samples at least", "one call")
 
 
 def rows(plan: Plan) -> list[tuple[str, ...]]:
@@ -66,6 +71,7 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
     return [
         (
             cell.artifact,
+            ", ".join(filter(None, (cell.backend, cell.compute_type, show_settings(cell.settings)))),
             str(cell.threads),
             str(cell.batch),
             str(cell.rounds),
@@ -109,45 +115,42 @@ def batch_of(artifact: Artifact) -> int:
 
 def jobs_of(
     bundle: Bundle,
-    artifacts: Sequence[Artifact],
-    runner: Backend,
+    ways: Sequence[Way],
     threads: Sequence[int],
     batches: Mapping[int, str],
     preset: Preset,
     device: str,
 ) -> list[Job]:
-    """Every artifact with every count of threads. A switch is timed from the artifact before it, of the first from the
-    last; where there is only one, there is nothing to switch from."""
-    opened = [_opened(bundle, artifact, runner) for artifact in artifacts]
+    """Every artifact in every way with every count of threads.
+
+    A switch is timed from the artifact before it that is run alike, of the first from the last; where there is only
+    one, there is nothing to switch from.
+    """
     jobs = []
-    for place, artifact in enumerate(artifacts):
-        other = opened[place - 1] if len(opened) > 1 and preset.sampling.switches else None
-        fields = {name: getattr(opened[place], name) for name in Opened.__struct_fields__}
+    for way in ways:
+        artifact, alike = way.artifact, [other.artifact for other in ways if _alike(way, other)]
+        other = alike[alike.index(artifact) - 1] if len(alike) > 1 and preset.sampling.switches else None
         for count in threads:
             request = Request(
-                **fields,
-                backend=runner.name,
+                bundle=str(bundle.path.resolve()),
+                artifact=artifact.name,
+                graph_sha256=artifact.graph_sha256,
+                backend=way.runner.name,
+                compute_type=way.compute_type,
+                settings=dict(way.settings),
                 threads=count,
                 batches=batches[batch_of(artifact)],
                 sampling=preset.sampling,
                 device=device,
-                other=other if other is not None and other.batch == opened[place].batch else None,
+                other=None if other is None else other.name,
             )
-            jobs.append(Job(artifact, request, runner.processor))
+            jobs.append(Job(artifact, request, way.runner.processor))
     return jobs
 
 
-def _opened(bundle: Bundle, artifact: Artifact, runner: Backend) -> Opened:
-    model = model_of(bundle, artifact, runner.dialect)
-    model = replace(model, graph=model.graph.resolve())
-    return Opened(
-        name=model.name,
-        graph=str(model.graph),
-        batch=model.batch,
-        image_shape=model.image_shape,
-        classes=model.classes,
-        extents=tuple((str(path.resolve()), offset, length) for path, offset, length in model.extents),
-    )
+def _alike(one: Way, other: Way) -> bool:
+    how = [(way.runner.name, way.compute_type, way.settings, way.artifact.batch) for way in (one, other)]
+    return how[0] == how[1]
 
 
 def plan_of(name: str, preset: Preset, target: Target, jobs: Sequence[Job], calls: Sequence[float | None]) -> Plan:
@@ -158,6 +161,9 @@ def plan_of(name: str, preset: Preset, target: Target, jobs: Sequence[Job], call
         PlannedCell(
             artifact=job.artifact.name,
             backend=job.request.backend,
+            compute_type=job.request.compute_type,
+            settings=job.request.settings,
+            input=job.artifact.input,
             threads=job.request.threads,
             batch=batch_of(job.artifact),
             rounds=preset.rounds,
@@ -187,9 +193,14 @@ def process_s(preset: Preset, call_s: float, samples: int) -> float:
 
 
 def call_s(job: Job, known: Sequence[Cell]) -> float | None:
-    """The median measured before of this graph, with as many threads on the same backend; None where there is none."""
-    own = (job.artifact.graph_sha256, job.request.backend, job.request.threads, "saturated")
-    same = [c for c in known if c.latency_s and (c.graph_sha256, c.backend, c.threads, c.regime) == own]
+    """The median measured before of this graph, run in the same way by as many threads; None where there is none."""
+    r = job.request
+    own = (job.artifact.graph_sha256, r.backend, r.compute_type, r.settings, r.threads, "saturated")
+    same = [
+        c
+        for c in known
+        if c.latency_s and (c.graph_sha256, c.backend, c.compute_type, c.settings, c.threads, c.regime) == own
+    ]
     return median(same[-1].latency_s) if same else None
 
 

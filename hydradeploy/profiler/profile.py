@@ -11,7 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from hydradeploy.backends import Backend, backend, usable
+from hydradeploy.backends import Backend, usable
+from hydradeploy.backends.ways import ALL, Ways, named, ways
 from hydradeploy.bundle import Artifact, Bundle, open_bundle
 from hydradeploy.devices import Machine, machine
 from hydradeploy.errors import InvalidError, MissingError, UsageError, environment
@@ -37,12 +38,16 @@ _PROBE_PATIENCE_S = 600.0
 class Order:
     """What is to be measured, and how much of it. None is all of the bundle, and what this machine has.
 
-    `threads` None is one per usable core. `pace_hz` calls on a schedule, `concurrency` from so many callers at once.
-    `target` is the percentile that the samples are to carry, `max_time_s` what they are cut to.
+    `backends` None is the first usable one, `all` among them is every usable one; `compute_types` None is the default
+    of each artifact. `settings` are values to try, for the backends that have them. `threads` None is one per usable
+    core. `pace_hz` calls on a schedule, `concurrency` from so many callers at once. `target` is the percentile that the
+    samples are to carry, `max_time_s` what they are cut to.
     """
 
     device: str | None = None
-    backend: str | None = None
+    backends: Sequence[str] | None = None
+    compute_types: Sequence[str] | None = None
+    settings: Mapping[str, Sequence[str]] = field(default_factory=dict)
     heads: Sequence[int] | None = None
     precisions: Sequence[str] | None = None
     threads: Sequence[int] | None = None
@@ -55,10 +60,11 @@ class Order:
 
 @dataclass(frozen=True)
 class Profiled:
-    """The profile's file and the cells measured this time."""
+    """The profile's file, the cells measured this time, and why some were not, a line each."""
 
     stored: Stored
     cells: tuple[Cell, ...]
+    left_out: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -66,17 +72,16 @@ class _Setting:
     """An order, looked up: what there is to measure and on what."""
 
     bundle: Bundle
-    artifacts: Sequence[Artifact]
-    runner: Backend
+    ways: Ways
     here: Machine
     threads: Sequence[int]
     preset: Preset
 
     def jobs(self, files: Mapping[int, str]) -> list[Job]:
-        return jobs_of(self.bundle, self.artifacts, self.runner, self.threads, files, self.preset, self.here.kind)
+        return jobs_of(self.bundle, self.ways.found, self.threads, files, self.preset, self.here.kind)
 
     def inputs(self) -> AbstractContextManager[Mapping[int, str]]:
-        return batches(self.bundle, {batch_of(artifact) for artifact in self.artifacts})
+        return batches(self.bundle, {batch_of(way.artifact) for way in self.ways.found})
 
 
 def profile(
@@ -96,13 +101,15 @@ def profile(
 ) -> Profiled:
     """Measure artifacts on this device and keep every sample in its profile, with the conditions and what they did.
 
-    A cell whose process fails keeps the reason and the others go on. What has been measured is in a journal beside the
-    profile; `resume` goes on with it after whatever cut the run short, `force` begins anew. `lock_clocks` pins the
-    clocks meanwhile.
+    What a backend does not run is left out, unless its precision or compute type was asked for by name. A cell whose
+    process fails keeps the reason and the others go on. What has been measured is in a journal beside the profile;
+    `resume` goes on with it after whatever cut the run short, `force` begins anew. `lock_clocks` pins the clocks
+    meanwhile.
 
-    Raises UsageError (no bundle, nothing chosen, a run that was cut short and neither `resume` nor `force`),
-    ForeignError (device or conditions have changed), IntegrityError (damaged bundle, profile or journal), MissingError
-    (no backend, no such device, clocks that cannot be pinned, every cell failed), EnvironmentFailed (disk).
+    Raises UsageError (no bundle, nothing chosen, no such setting, a run that was cut short and neither `resume` nor
+    `force`), ForeignError (device or conditions have changed), IntegrityError (damaged bundle, profile or journal),
+    MissingError (no backend, none that runs what was asked for, no such device, clocks that cannot be pinned, every
+    cell failed), EnvironmentFailed (disk).
     """
     setting = _setting(bundle, order, here)
     with environment(f"writing into {profiles}"):
@@ -115,6 +122,8 @@ def profile(
         _tell_cost(watcher, say)
         device, began = setting.here.identity(), setting.here.conditions(_software())
         jobs = setting.jobs(files)
+        for line in setting.ways.left_out:
+            say(line)
         say(sentence(_plan(setting, order, jobs, known, device)))
         header = journals.Header(
             device=device,
@@ -138,7 +147,7 @@ def profile(
                 raise MissingError(f"no cell could be measured: {cells[0].error}")
             stored = add_profile(profiles, Profile(device=device, conditions=began, cells=cells))
             journal.remove()
-    return Profiled(stored, cells)
+    return Profiled(stored, cells, setting.ways.left_out)
 
 
 def plan(
@@ -149,23 +158,43 @@ def plan(
     launch: Launch = spawn,
     here: Machine | None = None,
 ) -> Plan:
-    """What `profile` would measure, and how long it should take: by earlier profiles of this device, else by one short
-    measurement of the smallest artifact and the MACs of the others. Raises what `profile` raises."""
+    """What `profile` would measure, and how long it should take: by earlier profiles of this device, else per backend
+    and compute type by one short measurement of the smallest artifact and the MACs of the others.
+
+    Raises what `profile` raises.
+    """
     setting = _setting(bundle, order, here)
     with setting.inputs() as files:
         jobs = setting.jobs(files)
         found = _plan(setting, order, jobs, read_profiles(profiles), setting.here.identity())
-        if found.expected_s is not None or setting.preset.sampling.sustain:
-            return found
-        smallest = min(jobs, key=lambda job: job.artifact.macs)
-        measured = launch(msgspec.structs.replace(smallest.request, sampling=_PROBE), patience_s=_PROBE_PATIENCE_S)
-        calls = [scaled(job, smallest.artifact, median(measured.latency_s)) for job in jobs]
-        return plan_of(order.preset, setting.preset, order.target, jobs, calls)
+        if found.expected_s is None and not setting.preset.sampling.sustain:
+            found = plan_of(order.preset, setting.preset, order.target, jobs, _probed(jobs, launch))
+        return msgspec.structs.replace(found, left_out=setting.ways.left_out)
+
+
+def _probed(jobs: Sequence[Job], launch: Launch) -> list[float]:
+    """What a call of each should take."""
+
+    def kind(job: Job) -> tuple[str, str]:
+        return job.request.backend, job.request.compute_type
+
+    probes: dict[tuple[str, str], tuple[Artifact, float]] = {}
+    for job in sorted(jobs, key=lambda job: job.artifact.macs):
+        if kind(job) not in probes:
+            probe = msgspec.structs.replace(job.request, sampling=_PROBE, other=None)
+            measured = launch(probe, patience_s=_PROBE_PATIENCE_S)
+            probes[kind(job)] = job.artifact, median(measured.latency_s)
+    return [scaled(job, *probes[kind(job)]) for job in jobs]
 
 
 def check_clean(cells: Sequence[Cell]) -> None:
     """Raise InvalidError where a cell has a flag or could not be measured."""
-    told = [f"{cell.artifact}: {', '.join(cell.flags) or cell.error}" for cell in cells if cell.flags or cell.error]
+    # An error names the artifact already.
+    told = [
+        f"{cell.artifact}: {', '.join(cell.flags) or (cell.error or '').removeprefix(f'{cell.artifact}: ')}"
+        for cell in cells
+        if cell.flags or cell.error
+    ]
     if told:
         raise InvalidError(
             f"{len(told)} of {len(cells)} measurements are not clean: {'; '.join(told)}",
@@ -177,16 +206,32 @@ def _setting(bundle: Path, order: Order, here: Machine | None) -> _Setting:
     preset = preset_of(order.preset, pace_hz=order.pace_hz, concurrency=order.concurrency, wall_s=order.max_time_s)
     if order.threads is not None and (not order.threads or min(order.threads) < 1):
         raise UsageError("threads must be at least 1")
-    runner = backend(order.backend)
-    here = here or machine(order.device, runner.processor)
-    if runner.processor not in here.processors:
+    runners = named(order.backends)
+    here = here or machine(order.device, runners[0].processor)
+    opened = open_bundle(bundle)
+    found = ways(
+        opened,
+        chosen(opened, order.heads, order.precisions),
+        _computing_on(here, runners, every=order.backends is None or ALL not in order.backends),
+        precisions=order.precisions,
+        compute_types=order.compute_types,
+        settings=order.settings,
+    )
+    return _Setting(opened, found, here, sorted(set(order.threads or (here.cores(),))), preset)
+
+
+def _computing_on(here: Machine, runners: Sequence[Backend], *, every: bool) -> list[Backend]:
+    """The backends that compute on this device; raises MissingError where none does, or not every one."""
+    fitting = [runner for runner in runners if runner.processor in here.processors]
+    if not fitting or (every and len(fitting) < len(runners)):
+        others = ", ".join(f"{r.name} does on {r.processor}" for r in runners if r not in fitting)
         raise MissingError(
-            f"no backend here computes on {here.kind}: {runner.name} does on {runner.processor}",
+            f"not every backend computes on {here.kind}: {others}"
+            if fitting
+            else f"no backend here computes on {here.kind}: {others}",
             hint="measure the processor with --device cpu",
         )
-    opened = open_bundle(bundle)
-    artifacts = chosen(opened, order.heads, order.precisions)
-    return _Setting(opened, artifacts, runner, here, sorted(set(order.threads or (here.cores(),))), preset)
+    return fitting
 
 
 def _software() -> dict[str, str]:

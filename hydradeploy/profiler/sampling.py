@@ -10,13 +10,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hydradeploy.backends import Backend, Model, Options
-from hydradeploy.profiler.calls import Caller, Calls, Clock, Sleep
-from hydradeploy.spec import Record
+from hydradeploy.backends import Backend, Images, Model, Options, prepared
+from hydradeploy.profiler.calls import Caller, Calls, Clock, Pixels, Sleep
+from hydradeploy.spec import Preprocessing, Record
 from hydradeploy.stats.basics import median
 from hydradeploy.stats.steady import LEAST_SAMPLES, LEAST_WINDOW, agree, steady
 
@@ -28,6 +28,7 @@ SETTLED_AGREEMENT = 0.02
 _LOOK_S = 0.25
 # By how much a warm-up has to have grown before it is tested again: tests then cost less than calls.
 _GROWTH = 1.25
+_PREPARATIONS = 5
 
 
 class Sampling(Record, frozen=True, kw_only=True):
@@ -55,8 +56,9 @@ class Sampling(Record, frozen=True, kw_only=True):
 
 
 class Measured(Record, frozen=True, kw_only=True):
-    """What one process measured: seconds per call from host to host, in order, and bytes beyond the bare runtime.
+    """What one process measured: seconds per call from pixels to logits, in order, and bytes beyond the bare runtime.
 
+    `prepare_s` is what of a call turns pixels into the model's input.
     Of several callers the order is that of completion; of calls on a schedule a latency counts from the intended
     arrival. `warmup` counts calls. `steady` is whether the warm-up ended steadily and calls kept up with their
     schedule, None where the warm-up was too short to tell. `started_s` and `ended_s` are the first sample's begin and
@@ -66,6 +68,7 @@ class Measured(Record, frozen=True, kw_only=True):
 
     load_s: float
     first_s: float
+    prepare_s: float
     warmup: int
     steady: bool | None = None
     latency_s: tuple[float, ...]
@@ -81,7 +84,8 @@ def measure(
     runner: Backend,
     model: Model,
     options: Options,
-    batches: NDArray[np.float32],
+    batches: Pixels,
+    preprocessing: Preprocessing,
     sampling: Sampling,
     clock: Clock = time.perf_counter,
     sleep: Sleep = time.sleep,
@@ -90,7 +94,7 @@ def measure(
     occupied_bytes: Callable[[], int | None] = lambda: None,
     settled: Callable[[], bool] = lambda: True,
 ) -> Measured:
-    """Open the model and time calls over the batches (b, n, channels, s, s) in turn, so that no cache is flattered.
+    """Open the model and time calls over the batches (b, n, s, s, channels) in turn, so that no cache is flattered.
 
     The first call is a figure of its own. `other` is the model to switch from, `occupied_bytes` what this process
     takes, `settled` whether temperatures have stopped rising. Raises what the backend raises.
@@ -100,7 +104,8 @@ def measure(
     started = clock()
     with runner.open(model, options) as session:
         load_s = clock() - started
-        caller = Caller(session, batches, clock, sleep, sampling.pace_hz, sampling.concurrency)
+        prepare = partial(_prepared, model, preprocessing)
+        caller = Caller(session, batches, prepare, clock, sleep, sampling.pace_hz, sampling.concurrency)
         first_s = caller.once()
         warm_up, sampler = _WarmUp(sampling, clock), _Sampler(sampling, clock, settled)
         warmed = caller.call(warm_up.goes_on)
@@ -110,12 +115,13 @@ def measure(
         return Measured(
             load_s=load_s,
             first_s=first_s,
+            prepare_s=caller.prepare_s(_PREPARATIONS),
             warmup=warmed.begun,
             steady=warm_up.steady(warmed) if overload is None else False,
             latency_s=tuple(taken.latency_s),
             started_s=taken.started_s,
             ended_s=taken.ended_s,
-            switch_s=_switches(runner, other, options, caller, sampling.switches),
+            switch_s=_switches(runner, other, options, caller, preprocessing, sampling.switches),
             settled_from=sampler.settled_from,
             memory_bytes=_grown(before, after),
             facts={**session.facts(), **({} if overload is None else {"overload": overload})},
@@ -226,12 +232,19 @@ def _overload(calls: Calls, sampling: Sampling) -> str | None:
     return f"a call takes {each:.3g} s, the schedule gives it {given:.3g} s" if each > given else None
 
 
-def _switches(runner: Backend, other: Model | None, options: Options, caller: Caller, times: int) -> tuple[float, ...]:
+def _prepared(model: Model, preprocessing: Preprocessing, pixels: Pixels) -> Images:
+    return prepared(pixels, model.input, preprocessing)
+
+
+def _switches(
+    runner: Backend, other: Model | None, options: Options, caller: Caller, preprocessing: Preprocessing, times: int
+) -> tuple[float, ...]:
     """The first call after each call of another model, which is open beside this one."""
     if other is None or not times:
         return ()
     size = caller.batches.shape[1] if other.batch == "dynamic" else other.batch
-    batch = np.resize(caller.batches[0], (size, *other.image_shape))
+    pixels = np.resize(caller.batches[0], (size, *caller.batches.shape[2:]))
+    batch = _prepared(other, preprocessing, pixels)
     with runner.open(other, options) as session:
         found = []
         for _ in range(times):

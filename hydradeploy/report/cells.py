@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from hydradeploy.measurements import Cell
+from hydradeploy.measurements import Cell, show_settings
 from hydradeploy.selector.judge import bounds_of, said_of
 from hydradeploy.selector.regime import callers, pace_hz
 from hydradeploy.stats.basics import mean, median
@@ -22,12 +22,12 @@ _FIELDS: dict[str, Callable[[Cell], str]] = {
     "backend": lambda cell: cell.backend,
     "processor": lambda cell: cell.processor,
     "compute_type": lambda cell: cell.compute_type,
+    "settings": lambda cell: show_settings(cell.settings) or "default",
     "input": lambda cell: cell.input,
     "batch": lambda cell: f"batch {cell.batch}",
     "threads": lambda cell: show_threads(cell.threads),
     "regime": lambda cell: cell.regime,
 }
-_NAMED = ("compute_type", "input")
 
 
 class Table(NamedTuple):
@@ -97,7 +97,7 @@ _Column = tuple[str, Callable[[Cell], str | None]]
 def _table(cells: Sequence[Cell], columns: Callable[[Sequence[Cell]], Sequence[_Column]]) -> Table:
     varying = _varying(cells)
     first: list[_Column] = [("artifact", lambda cell: cell.artifact)]
-    first += [(name.replace("_", " "), lambda cell, name=name: str(getattr(cell, name))) for name in varying]  # type: ignore[misc]
+    first += [(name.replace("_", " "), lambda cell, name=name: _value(cell, name)) for name in varying]  # type: ignore[misc]
     good = [cell for cell in cells if cell.error is None]
     rest = [column for column in columns(good) if any(column[1](cell) is not None for cell in good)]
 
@@ -130,6 +130,7 @@ def _other_columns(cells: Sequence[Cell]) -> Sequence[_Column]:
         ("samples", lambda cell: str(len(cell.latency_s))),
         ("worth", lambda cell: f"{bounds_of(cell, 0.95, CONFIDENCE).n_effective:.0f}"),
         ("load", lambda cell: _middle(cell.load_s)),
+        ("prepare", lambda cell: _middle(cell.evidence.get("prepare_s", ()))),
         ("first run", lambda cell: _middle(cell.first_s)),
         ("switch", lambda cell: _middle(cell.switch_s)),
         ("memory", lambda cell: None if cell.memory_bytes is None else show_bytes(cell.memory_bytes)),
@@ -144,7 +145,7 @@ def _side_by_side(pairs: Sequence[tuple[Cell, Cell]]) -> Table:
     def row(early: Cell, late: Cell) -> tuple[str, ...]:
         one, other = (bounds_of(cell, 0.5, CONFIDENCE).estimate for cell in (early, late))
         tails = (_percentile(cell, 0.95) for cell in (early, late))
-        named = (late.artifact, *(str(getattr(late, name)) for name in varying))
+        named = (late.artifact, *(_value(late, name) for name in varying))
         return (*named, show_seconds(one), show_seconds(other), f"{100 * (other / one - 1):+.1f}%", *tails)
 
     header = ("p50 burst", "p50 sustained", "slower by", "p95 burst", "p95 sustained")
@@ -160,24 +161,28 @@ def _pairs(cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
 
 
 def _varying(cells: Iterable[Cell]) -> tuple[str, ...]:
-    """The fields in which cells of one artifact differ."""
+    """The fields in which cells of one artifact differ, and a compute type that its name does not tell."""
     found = list(cells)
-    by_artifact = {cell.artifact: {name: getattr(cell, name) for name in _NAMED} for cell in found}
-    return tuple(
-        name
-        for name in _FIELDS
-        if (
-            any(getattr(cell, name) != by_artifact[cell.artifact][name] for cell in found)
-            if name in _NAMED
-            else len({getattr(cell, name) for cell in found}) > 1
-        )
-    )
+    inputs = {cell.artifact: cell.input for cell in found}
+    differing = {name for name in _FIELDS if len({_value(cell, name) for cell in found}) > 1}
+    shown = {
+        "compute_type": any(cell.compute_type not in cell.artifact.split("-") for cell in found),
+        "input": any(cell.input != inputs[cell.artifact] for cell in found),
+    }
+    return tuple(name for name in _FIELDS if shown.get(name, name in differing))
 
 
 def _common(cells: Sequence[Cell], but: Sequence[str]) -> str:
     """What all of them are."""
-    names = ("regime", "backend", "processor", "threads", "batch")
+    names = ["regime", "backend", "processor", "threads", "batch"]
+    if cells[0].settings:
+        names.insert(2, "settings")
     return ", ".join(_FIELDS[name](cells[0]) for name in names if name not in but)
+
+
+def _value(cell: Cell, name: str) -> str:
+    """A field below its own title."""
+    return _FIELDS[name](cell) if name == "settings" else str(getattr(cell, name))
 
 
 def _p50(cell: Cell) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hydradeploy.errors import MissingError, environment
-from hydradeploy.selector.answer import Answer
+from hydradeploy.measurements import Cell
+from hydradeploy.selector.answer import Answer, Picked
 from hydradeploy.selector.budget import DEFAULT_LEVEL, percentile_name
 from hydradeploy.selector.choose import dominated
 from hydradeploy.selector.judge import Candidate
@@ -89,6 +90,12 @@ def _pick(axes: Any, answer: Answer, shown: Sequence[Candidate], colour: str) ->
         label = f"{limit.name} <= {1e3 * limit.limit_s:.3g} ms: {outcome}"
         axes.axvline(1e3 * limit.limit_s, color=colour, linestyle="--", linewidth=1, label=label, zorder=1)
     if answer.pick is not None:
-        chosen = [c for c in shown if c.artifact.name == answer.pick.artifact and c.cell.threads == answer.pick.threads]
+        own = _identity(answer.pick)
+        chosen = [c for c in shown if c.artifact.name == answer.pick.artifact and _identity(c.cell) == own]
         for candidate in chosen:
             axes.plot(*_at(candidate), "o", markersize=14, markerfacecolor="none", markeredgecolor=colour, zorder=3)
+
+
+def _identity(cell: Cell | Picked) -> tuple[object, ...]:
+    """What tells a cell from others of its artifact and regime."""
+    return cell.backend, cell.compute_type, cell.settings, cell.threads

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hydradeploy.selector.answer import Answer, Picked
+from hydradeploy.measurements import show_settings, show_way
+from hydradeploy.selector.answer import Answer, Picked, Rejected
 from hydradeploy.selector.budget import percentile_name
 from hydradeploy.selector.regime import SATURATED
-from hydradeploy.units import show_bytes, show_percent, show_seconds, show_threads
+from hydradeploy.units import show_bytes, show_percent, show_seconds
 
 DEVICE_HEADER = ("device", "verdict", "artifact", "p50", "at most", "top-1")
 
@@ -22,8 +23,8 @@ def answer_lines(answer: Answer, *, explain: bool = False) -> Iterator[str]:
         more = "" if answer.more_samples is None else f": about {answer.more_samples} more samples of it would tell"
         yield f"inconclusive on {answer.device}, {answer.nearest and answer.nearest.artifact} may meet the budget{more}"
     if answer.nearest is not None:
-        here = (answer.nearest.artifact, answer.nearest.backend, answer.nearest.threads, answer.nearest.batch)
-        reasons = [r.reason for r in answer.rejected if (r.artifact, r.backend, r.threads, r.batch) == here]
+        here = (answer.nearest.artifact, _way(answer.nearest), answer.nearest.batch)
+        reasons = [r.reason for r in answer.rejected if (r.artifact, _way(r), r.batch) == here]
         yield f"nearest: {answer.nearest.artifact}: {reasons[0]}"
     for knob in answer.knobs:
         yield f"would do: {knob}"
@@ -35,7 +36,7 @@ def answer_lines(answer: Answer, *, explain: bool = False) -> Iterator[str]:
         if answer.runner_up is not None:
             yield f"next: {sentence(answer.runner_up)}"
         for cell in answer.rejected:
-            yield f"refused: {cell.artifact} ({cell.backend}, {show_threads(cell.threads)}): {cell.reason}"
+            yield f"refused: {cell.artifact} ({_way(cell)}): {cell.reason}"
 
 
 def sentence(cell: Picked) -> str:
@@ -43,7 +44,7 @@ def sentence(cell: Picked) -> str:
     latency, accuracy = cell.latency_s, cell.accuracy
     assumed = f"assuming {latency.assumes}, " if latency.assumes else ""
     regime = () if cell.regime == SATURATED else (cell.regime,)
-    how = ", ".join((cell.backend, show_threads(cell.threads), *regime, *cell.flags))
+    how = ", ".join((_way(cell), *regime, *cell.flags))
     parts = [
         f"{cell.artifact} ({how}): {_latency(cell)} ({assumed}{latency.n} samples worth {latency.n_effective:.0f})"
     ]
@@ -68,6 +69,10 @@ def device_row(answer: Answer) -> tuple[str, ...]:
     latency = (cell.latency_s.p50, cell.latency_s.upper)
     shown = ("n/a" if value is None else show_seconds(value) for value in latency)
     return (*first, cell.artifact, *shown, "" if cell.accuracy is None else show_percent(cell.accuracy.top1))
+
+
+def _way(cell: Picked | Rejected) -> str:
+    return show_way(cell.artifact, cell.backend, cell.compute_type, show_settings(cell.settings), cell.threads)
 
 
 def _latency(cell: Picked) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.backends import Options, backend, model_of, run_all
+from hydradeploy.backends import Backend, Options, backend, check_options, model_of, prepared, run_all
+from hydradeploy.backends.ways import why_not
 from hydradeploy.bundle import Artifact, Bundle, Check, open_bundle
-from hydradeploy.data.preprocess import load_image, normalise
-from hydradeploy.errors import InputError, UsageError
+from hydradeploy.data.preprocess import load_image
+from hydradeploy.errors import InputError, MissingError, UsageError
 from hydradeploy.spec import Record
 from hydradeploy.stats.logits import softmax
 
@@ -35,10 +36,11 @@ class Prediction(Record, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Run:
-    """Which artifact answers, on what, and the answers as they come."""
+    """Which artifact answers, on what, computed in which type, and the answers as they come."""
 
     artifact: Artifact
     backend: str
+    compute_type: str
     predictions: Iterator[Prediction]
 
 
@@ -50,12 +52,16 @@ def run(
     backend_name: str | None = None,
     top: int = 5,
     threads: int | None = None,
+    compute_type: str | None = None,
+    settings: Mapping[str, str] | None = None,
     check: Check = "stamp",
 ) -> Run:
     """Classify image files; the artifact of most heads where none is named.
 
-    An image that cannot be read becomes a Prediction with its error, and the others are still answered. Raises
-    UsageError (no bundle, no such artifact), IntegrityError (damaged bundle), MissingError (no backend).
+    `compute_type` and `settings` are the backend's defaults where they are not given. An image that cannot be read
+    becomes a Prediction with its error, and the others are still answered. Raises UsageError (no bundle, no such
+    artifact or setting), IntegrityError (damaged bundle), MissingError (no backend, or it does not run the artifact in
+    that compute type).
     """
     if top < 1 or (threads is not None and threads < 1):
         raise UsageError(f"top {top} and threads {threads} must be at least 1")
@@ -63,29 +69,36 @@ def run(
         raise UsageError("no image given", hint="hydradeploy run IMAGE...")
     runner = backend(backend_name)
     opened = open_bundle(bundle, check)
-    chosen = largest(opened) if artifact is None else opened.artifact(artifact)
+    chosen = largest(opened, runner) if artifact is None else opened.artifact(artifact)
+    options = Options(threads, compute_type, dict(settings or {}))
+    check_options(runner, options, chosen.precision)
     model = model_of(opened, chosen, runner.dialect)
     size = 1 if model.batch == "dynamic" else model.batch
 
     def predictions() -> Iterator[Prediction]:
-        with runner.open(model, Options(threads)) as session:
+        with runner.open(model, options) as session:
             for start in range(0, len(images), size):
                 loaded = [(path, _load(path, opened)) for path in images[start : start + size]]
                 pixels = [image for _, image in loaded if isinstance(image, np.ndarray)]
-                scaled = normalise(np.stack(pixels), opened.spec.preprocessing) if pixels else None
-                logits = iter(run_all(session, model, scaled) if scaled is not None else ())
+                shown = prepared(np.stack(pixels), model.input, opened.spec.preprocessing) if pixels else None
+                logits = iter(run_all(session, model, shown) if shown is not None else ())
                 for path, image in loaded:
                     if isinstance(image, str):
                         yield Prediction(image=str(path), error=image)
                     else:
                         yield Prediction(image=str(path), top=_top(next(logits), top, opened.spec.class_names))
 
-    return Run(chosen, runner.name, predictions())
+    computed_in = compute_type or runner.compute_types(chosen.precision)[0]
+    return Run(chosen, runner.name, computed_in, predictions())
 
 
-def largest(bundle: Bundle) -> Artifact:
-    """The artifact of most heads, the widest type among equals."""
-    return max(bundle.manifest.artifacts, key=lambda artifact: (artifact.heads, artifact.size_bytes))
+def largest(bundle: Bundle, runner: Backend) -> Artifact:
+    """The artifact of most heads that the backend runs, the widest type among equals; raises MissingError for none."""
+    reasons = {artifact.name: why_not(bundle, artifact, runner) for artifact in bundle.manifest.artifacts}
+    runs = [artifact for artifact in bundle.manifest.artifacts if reasons[artifact.name] is None]
+    if not runs:
+        raise MissingError("; ".join(dict.fromkeys(filter(None, reasons.values()))) or "no artifact to run")
+    return max(runs, key=lambda artifact: (artifact.heads, artifact.size_bytes))
 
 
 def _load(path: Path, bundle: Bundle) -> NDArray[np.uint8] | str:

@@ -13,7 +13,7 @@ from hydradeploy.selector.budget import Budget
 from hydradeploy.selector.choose import Choice, Rules, choose, meets
 from hydradeploy.selector.judge import INVALID_FLAGS, Candidate, said_of
 from hydradeploy.stats.latency import mean_bounds
-from hydradeploy.units import show_bytes, show_percent, show_seconds, show_threads
+from hydradeploy.units import show_bytes, show_percent, show_seconds
 
 
 def knobs(
@@ -76,11 +76,10 @@ def notes(
     if row is not None and row.source == "declared":
         yield f"the accuracy on {row.dataset} was declared, not measured"
     elif row is not None:
-        measured, device = (row.backend, row.instruction_set), stored.profile.device.instruction_set
-        if measured != (chosen.cell.backend, device):
-            accuracy, latency = (
-                f"{backend} on {where}" for backend, where in (measured, (chosen.cell.backend, device))
-            )
+        cell, device = chosen.cell, stored.profile.device.instruction_set
+        ways = (row.backend, row.compute_type, row.instruction_set), (cell.backend, cell.compute_type, device)
+        if ways[0] != ways[1]:
+            accuracy, latency = (f"{backend} in {kind} on {where}" for backend, kind, where in ways)
             yield f"accuracy was measured with {accuracy}, latency with {latency}"
     for flag in chosen.cell.flags:
         yield from said_of(chosen.cell, flag)
@@ -137,5 +136,4 @@ _LIMITS: tuple[tuple[str, Callable[[Candidate, float], float | None], Callable[[
 
 
 def _label(candidate: Candidate) -> str:
-    cell = candidate.cell
-    return f"{candidate.artifact.name} ({cell.backend}, {show_threads(cell.threads)})"
+    return f"{candidate.artifact.name} ({candidate.way})"

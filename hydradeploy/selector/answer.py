@@ -47,18 +47,22 @@ class Accuracy(Record, frozen=True, kw_only=True):
 class Picked(Record, frozen=True, kw_only=True):
     """One cell with its evidence.
 
-    `file` is the graph to load, relative to the bundle; `regime` how calls arrived when it was measured, `flags` what
-    was wrong then.
+    `settings` are those of the backend that are not its defaults, `input` is the type of images that the artifact
+    takes, `file` the graph to load, relative to the bundle, null where there is none; `regime` is how calls arrived
+    when it was measured, `flags` what was wrong then.
     """
 
     artifact: str
     heads: int
     precision: str
     backend: str
+    compute_type: str
+    settings: dict[str, str]
+    input: str
     batch: int
     threads: int
     regime: str
-    file: str
+    file: str | None
     sha256: str
     latency_s: Latency
     accuracy: Accuracy | None
@@ -73,6 +77,8 @@ class Rejected(Record, frozen=True, kw_only=True):
 
     artifact: str
     backend: str
+    compute_type: str
+    settings: dict[str, str]
     threads: int
     batch: int
     status: Literal["missed", "open"]
@@ -111,10 +117,13 @@ def picked(candidate: Candidate, budget: Budget, level: float) -> Picked:
         heads=artifact.heads,
         precision=artifact.precision,
         backend=cell.backend,
+        compute_type=cell.compute_type,
+        settings=cell.settings,
+        input=cell.input,
         batch=cell.batch,
         threads=cell.threads,
         regime=cell.regime,
-        file=artifact.graphs.get("ort") or next(iter(artifact.graphs.values())),
+        file=artifact.graphs.get("ort") or next(iter(artifact.graphs.values()), None),
         sha256=artifact.sha256,
         latency_s=_latency(candidate, level, budget.confidence),
         accuracy=accuracy(candidate.accuracy),
@@ -134,6 +143,8 @@ def rejected(candidate: Candidate, found: list[Check]) -> Rejected | None:
     return Rejected(
         artifact=candidate.artifact.name,
         backend=cell.backend,
+        compute_type=cell.compute_type,
+        settings=cell.settings,
         threads=cell.threads,
         batch=cell.batch,
         status="missed" if failing[0].status == "missed" else "open",

@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 
 from hydradeploy.errors import ExitCode, ForeignError, UsageError
-from hydradeploy.measurements import Cell, Profile, Stored, read_profile
+from hydradeploy.measurements import Cell, Profile, Stored, read_profile, show_settings, show_way
 from hydradeploy.selector.judge import FLAGS, INVALID_FLAGS, said_of
 from hydradeploy.selector.regime import SATURATED
 from hydradeploy.spec import Record
@@ -23,7 +23,7 @@ from hydradeploy.stats.basics import mean
 from hydradeploy.stats.latency import by_process
 from hydradeploy.stats.order import quantile, samples_needed
 from hydradeploy.stats.ratio import ratio
-from hydradeploy.units import FRACTION, parse, parse_percentile, show_threads
+from hydradeploy.units import FRACTION, parse, parse_percentile
 
 CONFIDENCE = 0.95
 # Two say nothing of how processes differ.
@@ -41,12 +41,13 @@ class Rule(Record, frozen=True, kw_only=True):
 
 
 class CellName(Record, frozen=True, kw_only=True):
-    """What a cell is, whatever its graph was."""
+    """What a cell is, whatever its graph was. `settings` are in one text, empty for the defaults."""
 
     artifact: str
     backend: str
     processor: str
     compute_type: str
+    settings: str
     input: str
     batch: int
     threads: int
@@ -54,7 +55,8 @@ class CellName(Record, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         regime = "" if self.regime == SATURATED else f", {self.regime}"
-        return f"{self.artifact} ({self.backend}, {show_threads(self.threads)}{regime})"
+        way = show_way(self.artifact, self.backend, self.compute_type, self.settings, self.threads)
+        return f"{self.artifact} ({way}{regime})"
 
 
 class Line(Record, frozen=True, kw_only=True):
@@ -181,8 +183,9 @@ def _only_software_differs(before: Stored, after: Stored) -> tuple[str, ...]:
 
 def _by_name(profile: Profile) -> dict[CellName, Cell]:
     """Each cell by what it is; of several graphs of one name the one measured last."""
+    fields = [field for field in CellName.__struct_fields__ if field != "settings"]
     return {
-        CellName(**{field: getattr(cell, field) for field in CellName.__struct_fields__}): cell
+        CellName(settings=show_settings(cell.settings), **{field: getattr(cell, field) for field in fields}): cell
         for cell in sorted(profile.cells, key=lambda cell: cell.measured_at)
     }
 

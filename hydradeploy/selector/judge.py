@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Literal
 
 from hydradeploy.bundle import AccuracyRow, Artifact
-from hydradeploy.measurements import Cell
+from hydradeploy.measurements import Cell, show_settings, show_way
 from hydradeploy.selector.budget import Budget, LatencyLimit, percentile_name
 from hydradeploy.selector.regime import callers
 from hydradeploy.stats.basics import normal_quantile
@@ -46,6 +46,12 @@ class Candidate:
     cell: Cell
     artifact: Artifact
     accuracy: AccuracyRow | None
+
+    @property
+    def way(self) -> str:
+        """How it was run, in words."""
+        cell = self.cell
+        return show_way(self.artifact.name, cell.backend, cell.compute_type, show_settings(cell.settings), cell.threads)
 
     @property
     def in_flight(self) -> int:

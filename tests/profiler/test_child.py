@@ -16,13 +16,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from hydradeploy import open_bundle
-from hydradeploy.backends import backend, model_of
+from hydradeploy import export, open_bundle
 from hydradeploy.errors import MissingError
-from hydradeploy.profiler.child import Opened, Request, spawn
+from hydradeploy.profiler.child import Request, spawn
 from hydradeploy.profiler.sampling import Sampling
 from hydradeploy.profiler.watched import oom_kills
-from tests.conftest import missing
+from tests.conftest import geometry, missing, write_supernet
 
 SAMPLING = Sampling(warmup=2, warmup_s=0.0, samples=7, seconds=0.0, at_most=7)
 
@@ -30,19 +29,17 @@ SAMPLING = Sampling(warmup=2, warmup_s=0.0, samples=7, seconds=0.0, at_most=7)
 @pytest.fixture
 def request_of(shared_bundle, tmp_path) -> Callable[..., Request]:
     """A request for an artifact of a bundle."""
-    np.save(tmp_path / "batches.npy", np.random.default_rng(0).standard_normal((3, 1, 3, 32, 32), dtype=np.float32))
+    np.save(tmp_path / "batches.npy", np.random.default_rng(0).integers(0, 256, (3, 1, 32, 32, 3), dtype=np.uint8))
 
     def make(name: str = "h02-fp32", bundle: Path = shared_bundle, **changes: object) -> Request:
-        opened = open_bundle(bundle, "manifest")
-        found = model_of(opened, opened.artifact(name), backend().dialect)
+        artifact = open_bundle(bundle, "manifest").artifact(name)
         made = Request(
+            bundle=str(bundle),
+            artifact=name,
+            graph_sha256=artifact.graph_sha256,
             backend="onnxruntime",
-            name=found.name,
-            graph=str(found.graph),
-            batch=found.batch,
-            image_shape=found.image_shape,
-            classes=found.classes,
-            extents=tuple((str(path), offset, length) for path, offset, length in found.extents),
+            compute_type=artifact.precision,
+            settings={},
             threads=1,
             batches=str(tmp_path / "batches.npy"),
             sampling=SAMPLING,
@@ -82,13 +79,31 @@ def test_a_damaged_graph_is_named(request_of, bundle, damage):
         spawn(request_of("h03-fp32", bundle))
 
 
-def test_a_graph_that_is_not_there_is_named(request_of, tmp_path):
-    with pytest.raises(MissingError, match=r"^h02-fp32: .*cannot open .*gone\.onnx"):
-        spawn(request_of(graph=str(tmp_path / "gone.onnx")))
+def test_a_graph_that_is_not_there_is_named(request_of, bundle):
+    (bundle / "h02-fp32.onnx").unlink()
+    with pytest.raises(MissingError, match=r"^h02-fp32: .*cannot open .*h02-fp32\.onnx"):
+        spawn(request_of(bundle=bundle))
+
+
+def test_a_bundle_that_was_exported_again_meanwhile_is_not_measured(request_of, bundle, supernet_file):
+    """Graphs of another batch size have the same names."""
+    asked = request_of(bundle=bundle)
+    export(supernet_file, bundle, heads=(2,), batch=2, force=True)
+    with pytest.raises(MissingError, match=r"^h02-fp32: .* exit 10: .*bundle: was exported again"):
+        spawn(asked)
+
+
+def test_pixels_are_what_an_artifact_of_uint8_input_takes_and_preparing_them_is_no_work(request_of, tmp_path):
+    export(write_supernet(tmp_path / "s", geometry(image_size=256)), tmp_path / "b", heads=(2,), input="uint8")
+    export(tmp_path / "s", tmp_path / "b", heads=(2,))
+    np.save(tmp_path / "batches.npy", np.zeros((2, 1, 256, 256, 3), np.uint8))
+    pixels, scaled = (spawn(request_of(name, tmp_path / "b")) for name in ("h02-fp32-uint8", "h02-fp32"))
+    assert 0 <= pixels.prepare_s < scaled.prepare_s < min(scaled.latency_s), "it is a part of a call"
+    assert len(pixels.latency_s) == 7
 
 
 def test_images_the_model_does_not_take_are_the_reason(request_of, tmp_path):
-    np.save(tmp_path / "batches.npy", np.zeros((2, 2, 3, 32, 32), np.float32))
+    np.save(tmp_path / "batches.npy", np.zeros((2, 2, 32, 32, 3), np.uint8))
     with pytest.raises(MissingError, match=r"exit 11: h02-fp32: images are .*expected float32 \(1, 3, 32, 32\)"):
         spawn(request_of())
 
@@ -276,10 +291,8 @@ def test_several_callers_of_a_real_artifact_give_their_samples(request_of):
     assert sum(found.latency_s) > found.ended_s - found.started_s
 
 
-def test_switches_from_another_artifact_are_measured_and_its_memory_is_not(request_of, shared_bundle):
-    target = request_of("h06-fp32")
-    fields = {name: getattr(target, name) for name in Opened.__struct_fields__}
-    found = spawn(request_of(other=Opened(**fields), sampling=sampling(switches=4)))
+def test_switches_from_another_artifact_are_measured_and_its_memory_is_not(request_of):
+    found = spawn(request_of(other="h06-fp32", sampling=sampling(switches=4)))
     assert len(found.switch_s) == 4
     assert all(0 < value < 10 for value in found.switch_s)
     assert spawn(request_of(sampling=sampling(switches=4))).switch_s == ()

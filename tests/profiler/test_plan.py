@@ -35,7 +35,7 @@ THEM = f"2 cells (saturated) in {QUICK.rounds} rounds of fresh processes"
 
 
 def refuse(request: Request, **_: Any) -> Measured:
-    raise AssertionError(f"{request.name} is measured")
+    raise AssertionError(f"{request.artifact} is measured")
 
 
 def plan(bundle: Path, profiles: Path, launch: Any = refuse, here: Here | None = None, **options: Any) -> Plan:
@@ -44,7 +44,7 @@ def plan(bundle: Path, profiles: Path, launch: Any = refuse, here: Here | None =
 
 def by_heads(request: Request) -> Iterator[float]:
     """A 64th of a second per head."""
-    return repeat(int(request.name[1:3]) / 64)
+    return repeat(int(request.artifact[1:3]) / 64)
 
 
 def tree(directory: Path) -> dict[str, tuple[int, int]]:
@@ -98,7 +98,7 @@ def probe(bundle: Path, profiles: Path, **options: Any) -> tuple[Plan, list[Requ
 def test_what_was_never_measured_is_judged_by_a_probe_of_the_smallest_and_multiplications(shared_bundle, tmp_path):
     found, requests = probe(shared_bundle, tmp_path)
     macs = {artifact.name: artifact.macs for artifact in open_bundle(shared_bundle).manifest.artifacts}
-    assert [request.name for request in requests] == ["h02-fp32"]
+    assert [request.artifact for request in requests] == ["h02-fp32"]
     assert requests[0].sampling.samples == 3
     assert [cell.call_s for cell in found.cells] == pytest.approx(
         [2 / 64, 2 / 64 * macs["h04-fp32"] / macs["h02-fp32"]]
@@ -131,7 +131,7 @@ def test_what_was_measured_of_another_is_no_basis(shared_bundle, tmp_path, other
 
 def test_a_failed_measurement_and_one_on_a_schedule_are_no_basis(shared_bundle, tmp_path):
     def launch(request: Request, **_: Any) -> Measured:
-        if request.name == "h04-fp32":
+        if request.artifact == "h04-fp32":
             raise MissingError("h04-fp32: gone")
         return Launch(by_heads)(request)
 
@@ -142,7 +142,7 @@ def test_a_failed_measurement_and_one_on_a_schedule_are_no_basis(shared_bundle, 
 
 def test_a_probe_that_fails_is_the_error_of_the_plan(shared_bundle, tmp_path):
     def launch(request: Request, **_: Any) -> Measured:
-        raise MissingError(f"{request.name}: it said nothing")
+        raise MissingError(f"{request.artifact}: it said nothing")
 
     with pytest.raises(MissingError, match="h02-fp32: it said nothing"):
         plan(shared_bundle, tmp_path, launch)
@@ -388,7 +388,7 @@ def test_strict_is_exit_0_for_what_is_clean_and_without_it_flags_are_shown_only(
 
 def test_strict_refuses_what_could_not_be_measured(shared_bundle, tmp_path, cli: Cli, virtually: Virtually):
     def latencies(request: Request) -> Iterator[float]:
-        if request.name == "h04-fp32":
+        if request.artifact == "h04-fp32":
             raise MissingError("h04-fp32: no answer within 600 s")
         return repeat(1 / 64)
 

@@ -55,12 +55,12 @@ class Children:
         if self.stops(len(self.asked)):
             raise KeyboardInterrupt
         self.asked.append(request)
-        number = self.rounds[request.name]
-        self.rounds[request.name] += 1
-        if self.fails(request.name, number):
+        number = self.rounds[request.artifact]
+        self.rounds[request.artifact] += 1
+        if self.fails(request.artifact, number):
             self.clock.advance(0.25)
-            raise MissingError(f"{request.name}: the measuring process ended with SIGSEGV: it said nothing")
-        heads = int(request.name[1:3])
+            raise MissingError(f"{request.artifact}: the measuring process ended with SIGSEGV: it said nothing")
+        heads = int(request.artifact[1:3])
         answer = Launch(lambda _: (heads * value for value in LAWS[0].sample(100 * heads + number)))(request)
         self.clock.advance(answer.ended_s + 1.0)
         return answer
@@ -313,7 +313,7 @@ def test_conditions_that_change_on_the_way_end_the_run_with_what_was_measured_be
         assert journals(tmp_path / "cut") == []
         return
     assert kept(tmp_path / "cut") == after
-    children.rounds[children.asked[-1].name] -= 1
+    children.rounds[children.asked[-1].artifact] -= 1
     assert run(shared_bundle, tmp_path / "cut", children, resume=True) == whole
 
 

@@ -7,7 +7,7 @@ for equality.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, count, pairwise, repeat
 from math import exp
 from pathlib import Path
@@ -18,14 +18,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hydradeploy import backends
 from hydradeploy.backends import Model, Options
 from hydradeploy.backends.null import Null, NullSession, VirtualClock
 from hydradeploy.profiler import sampling as module
 from hydradeploy.profiler.sampling import MOST_BEHIND_S, Measured, Sampling, measure
+from hydradeploy.spec import Preprocessing
 
 TICK = 1 / 1024
 MODEL = Model("h02-fp32", Path("h02-fp32.onnx"), 1, (3, 4, 4), 10)
-BATCHES = np.arange(4, dtype=np.float32).repeat(48).reshape(4, 1, 3, 4, 4)
+BATCHES = np.arange(4, dtype=np.uint8).repeat(48).reshape(4, 1, 4, 4, 3)
+# A pixel's value as it is.
+PLAIN = Preprocessing(mean=(0.0,) * 3, std=(1 / 255,) * 3, crop_pct=1.0, interpolation="bicubic")
 
 
 def sampling(**changes: float | None) -> Sampling:
@@ -42,7 +46,7 @@ def endless(latencies: Iterator[float], how: Sampling, load_s: float = 0.125, **
     """What is measured of a model whose calls take these seconds."""
     clock = VirtualClock(now=1000.0)
     runner = Null(clock, lambda _: latencies, load_s)
-    return measure(runner, MODEL, Options(), BATCHES, how, clock, clock.sleep, **watched)
+    return measure(runner, MODEL, Options(), BATCHES, PLAIN, how, clock, clock.sleep, **watched)
 
 
 def test_load_first_run_warm_up_and_samples_are_told_apart():
@@ -135,14 +139,14 @@ class _Watched(NullSession):
 
     def run(self, images: np.ndarray) -> np.ndarray:
         assert images.shape == (1, 3, 4, 4)
-        self.seen.append(int(images[0, 0, 0, 0]))
+        self.seen.append(round(float(images[0, 0, 0, 0])))
         return super().run(images)
 
 
 def witnessed(how: Sampling, batches: np.ndarray = BATCHES) -> tuple[Measured, list[object]]:
     clock = VirtualClock()
     runner = Witness(clock, lambda _: repeat(TICK))
-    return measure(runner, MODEL, Options(threads=3), batches, how, clock), runner.seen
+    return measure(runner, MODEL, Options(threads=3), batches, PLAIN, how, clock), runner.seen
 
 
 def test_the_runtime_is_loaded_before_the_model_and_the_session_closed_after_the_last_call():
@@ -163,6 +167,36 @@ def test_inputs_take_turns_and_each_is_used_as_often_as_the_others(batches):
     assert inputs[:6] == [number % batches for number in range(6)]
 
 
+@pytest.mark.parametrize("kind", ["float32", "uint8"])
+def test_a_call_is_from_pixels_to_logits_and_how_long_preparing_takes_is_told(monkeypatch, kind):
+    """Preparing takes three ticks and the call itself one; of models that take pixels nothing is prepared."""
+    clock, seen = VirtualClock(), []
+
+    def normalise(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+        assert (pixels.dtype, preprocessing) == (np.uint8, PLAIN)
+        clock.advance(3 * TICK)
+        return np.zeros((1, 3, 4, 4), np.float32)
+
+    class Takes(NullSession):
+        def run(self, images: np.ndarray) -> np.ndarray:
+            seen.append((images.dtype.name, images.shape))
+            return super().run(images)
+
+    class Runner(Null):
+        def open(self, model: Model, options: Options) -> NullSession:
+            return Takes(self.clock, 10, self.latencies(model))
+
+    monkeypatch.setattr(backends, "normalise", normalise)
+    model = replace(MODEL, input=kind)
+    runner = Runner(clock, lambda _: repeat(TICK))
+    found = measure(runner, model, Options(), BATCHES, PLAIN, sampling(warmup=2, samples=4), clock, clock.sleep)
+    assert set(seen) == {("float32", (1, 3, 4, 4)) if kind == "float32" else ("uint8", (1, 4, 4, 3))}
+    prepare_s = 3 * TICK if kind == "float32" else 0.0
+    assert found.prepare_s == prepare_s
+    assert found.first_s == prepare_s + TICK
+    assert set(found.latency_s) == {prepare_s + TICK}
+
+
 def test_an_error_of_the_runtime_is_raised_and_the_session_closed():
     clock, seen = VirtualClock(), []
 
@@ -172,16 +206,16 @@ def test_an_error_of_the_runtime_is_raised_and_the_session_closed():
 
     runner = Witness(clock, lambda _: three(), seen=seen)
     with pytest.raises(ZeroDivisionError, match="for the test"):
-        measure(runner, MODEL, Options(), BATCHES, sampling(samples=5), clock)
+        measure(runner, MODEL, Options(), BATCHES, PLAIN, sampling(samples=5), clock)
     assert seen[-1] == "closed"
 
 
 def test_time_is_that_of_the_clock_given_and_by_default_of_the_wall():
     clock = VirtualClock()
     runner = Null(clock, lambda _: repeat(3600.0), load_s=1.0)
-    found = measure(runner, MODEL, Options(), BATCHES, sampling(samples=3), clock)
+    found = measure(runner, MODEL, Options(), BATCHES, PLAIN, sampling(samples=3), clock)
     assert found.latency_s == (3600.0,) * 3
-    found = measure(runner, MODEL, Options(), BATCHES, sampling(samples=3))
+    found = measure(runner, MODEL, Options(), BATCHES, PLAIN, sampling(samples=3))
     assert all(0 <= value < 1 for value in found.latency_s), "a call of the null backend takes no real time"
 
 
@@ -298,7 +332,7 @@ def test_the_warm_up_keeps_to_the_schedule_and_is_judged_by_what_calls_take():
             yield 1 / 16 if number % 50 else 1.0
 
     runner = Null(clock, lambda _: calls(), load_s=0.0)
-    found = measure(runner, MODEL, Options(), BATCHES, sampling(warmup=80, pace_hz=4.0), clock, clock.sleep)
+    found = measure(runner, MODEL, Options(), BATCHES, PLAIN, sampling(warmup=80, pace_hz=4.0), clock, clock.sleep)
     assert found.steady is True, "the wait behind the slow one is no change of the device"
     assert begins[1] == 1.25
     assert {after - before for before, after in pairwise(begins[1:40])} == {0.25}
@@ -340,7 +374,7 @@ def test_as_many_callers_as_asked_for_call_one_session_at_the_same_time():
     """The first call of each waits for those of all the others."""
     barrier = Barrier(4, timeout=30)
     runner = Threads(lambda number: barrier.wait() if 1 <= number <= 4 else None)
-    found = measure(runner, MODEL, Options(), BATCHES, sampling(samples=40, concurrency=4))
+    found = measure(runner, MODEL, Options(), BATCHES, PLAIN, sampling(samples=40, concurrency=4))
     assert len(found.latency_s) == 40
     assert found.started_s <= found.ended_s
 
@@ -348,7 +382,7 @@ def test_as_many_callers_as_asked_for_call_one_session_at_the_same_time():
 def test_the_warm_up_of_several_callers_is_by_all_of_them():
     barrier = Barrier(3, timeout=30)
     runner = Threads(lambda number: barrier.wait() if 1 <= number <= 3 else None)
-    assert measure(runner, MODEL, Options(), BATCHES, sampling(warmup=30, concurrency=3)).warmup == 30
+    assert measure(runner, MODEL, Options(), BATCHES, PLAIN, sampling(warmup=30, concurrency=3)).warmup == 30
 
 
 def test_no_caller_stops_while_a_call_that_counts_still_runs():
@@ -361,7 +395,7 @@ def test_no_caller_stops_while_a_call_that_counts_still_runs():
         elif number > 20:
             another.set()
 
-    found = measure(Threads(run), MODEL, Options(), BATCHES, sampling(samples=20, concurrency=2))
+    found = measure(Threads(run), MODEL, Options(), BATCHES, PLAIN, sampling(samples=20, concurrency=2))
     assert len(found.latency_s) == 20
 
 
@@ -371,7 +405,9 @@ def test_an_error_of_one_caller_is_raised_and_ends_the_others():
             raise ZeroDivisionError("for the test")
 
     with pytest.raises(ZeroDivisionError, match="for the test"):
-        measure(Threads(run), MODEL, Options(), BATCHES, sampling(samples=1 << 40, at_most=1 << 40, concurrency=3))
+        measure(
+            Threads(run), MODEL, Options(), BATCHES, PLAIN, sampling(samples=1 << 40, at_most=1 << 40, concurrency=3)
+        )
 
 
 # Switches and memory.
@@ -385,7 +421,7 @@ def test_a_switch_is_the_first_call_after_one_of_the_other_model():
     ticks = {MODEL.name: count(1), OTHER.name: repeat(100)}
     runner = Witness(clock, lambda model: (tick * TICK for tick in ticks[model.name]))
     how = sampling(samples=5, switches=3)
-    found = measure(runner, MODEL, Options(), BATCHES, how, clock, clock.sleep, other=OTHER)
+    found = measure(runner, MODEL, Options(), BATCHES, PLAIN, how, clock, clock.sleep, other=OTHER)
     assert found.latency_s == tuple(tick * TICK for tick in range(2, 7))
     assert found.switch_s == (7 * TICK, 8 * TICK, 9 * TICK)
     assert runner.seen[8:] == ["h06-fp32", 0, 2, 0, 3, 0, 0, "closed", "closed"]
@@ -396,7 +432,7 @@ def test_without_another_model_or_when_not_asked_for_no_switch_is_measured(other
     clock = VirtualClock()
     runner = Witness(clock, lambda _: repeat(TICK))
     how = sampling(samples=5, switches=switches)
-    assert measure(runner, MODEL, Options(), BATCHES, how, clock, clock.sleep, other=other).switch_s == ()
+    assert measure(runner, MODEL, Options(), BATCHES, PLAIN, how, clock, clock.sleep, other=other).switch_s == ()
     assert "h06-fp32" not in runner.seen
 
 
@@ -415,7 +451,7 @@ def test_the_other_model_gets_batches_of_its_own_size(batch):
 
     clock, other = VirtualClock(), Model("h06-fp32", Path("h06-fp32.onnx"), batch, (3, 4, 4), 10)
     runner = Runner(clock, lambda _: repeat(TICK))
-    measure(runner, MODEL, Options(), BATCHES, sampling(switches=1), clock, clock.sleep, other=other)
+    measure(runner, MODEL, Options(), BATCHES, PLAIN, sampling(switches=1), clock, clock.sleep, other=other)
     assert shapes[-2:] == [(3 if batch == 3 else 1, 3, 4, 4), (1, 3, 4, 4)]
 
 
@@ -431,7 +467,9 @@ def test_memory_is_what_is_occupied_after_sampling_beyond_what_was_before_openin
         return next(answers)
 
     how = sampling(samples=2, switches=1)
-    found = measure(runner, MODEL, Options(), BATCHES, how, clock, clock.sleep, other=OTHER, occupied_bytes=occupied)
+    found = measure(
+        runner, MODEL, Options(), BATCHES, PLAIN, how, clock, clock.sleep, other=OTHER, occupied_bytes=occupied
+    )
     assert found.memory_bytes == expected
     assert runner.seen[:2] == ["prepare", "memory"]
     assert runner.seen[3:8] == [0, 1, 2, "memory", "h06-fp32"], "the other model does not count"

@@ -16,12 +16,11 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 import hydradeploy
-from hydradeploy.backends import Options
 from hydradeploy.backends.null import Null, VirtualClock
 from hydradeploy.devices import Machine
 from hydradeploy.devices.reading import Reading
 from hydradeploy.measurements import Conditions, Device
-from hydradeploy.profiler.child import Request
+from hydradeploy.profiler.child import Request, subject_of
 from hydradeploy.profiler.profile import Order, Profiled
 from hydradeploy.profiler.rounds import Launch as Launching
 from hydradeploy.profiler.sampling import Measured, measure
@@ -118,15 +117,18 @@ class Launch:
     ) -> Measured:
         self.requests.append(request)
         clock = VirtualClock()
+        runner = Null(clock, lambda _: iter(self.latencies(request)), load_s=0.125)
+        subject = subject_of(request, runner)
         answer = measure(
-            Null(clock, lambda _: iter(self.latencies(request)), load_s=0.125),
-            request.model,
-            Options(request.threads),
+            runner,
+            subject.model,
+            request.options,
             np.load(request.batches),
+            subject.preprocessing,
             request.sampling,
             clock,
             clock.sleep,
-            other=request.other.model if request.other is not None else None,
+            other=subject.other,
             settled=settled or (lambda: True),
         )
         self.answers.append(answer)
@@ -134,7 +136,7 @@ class Launch:
 
     @property
     def names(self) -> list[str]:
-        return [request.name for request in self.requests]
+        return [request.artifact for request in self.requests]
 
 
 @dataclass(frozen=True)

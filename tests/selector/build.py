@@ -30,6 +30,9 @@ def artifact(heads: int = 3, precision: str = "fp32", **changes: Any) -> Artifac
         "name": name,
         "heads": heads,
         "precision": precision,
+        "dtype": "float16" if precision == "fp16" else "float32",
+        "input": "float32",
+        "quantisation": None,
         "batch": 1,
         "graphs": {"ort": f"{name}.onnx"},
         "weights": None,
@@ -38,7 +41,9 @@ def artifact(heads: int = 3, precision: str = "fp32", **changes: Any) -> Artifac
         "parameters": heads * 1000,
         "macs": heads * 10000,
         "size_bytes": heads * 2**20,
-        "parity": Parity(samples=1, max_difference=0.0, tolerance=0.1, top1_agreement=1.0),
+        "parity": Parity(
+            samples=1, max_difference=0.0, tolerance=0.1, cosine=1.0, least_cosine=0.99, top1_agreement=1.0
+        ),
     }
     return Artifact(**(values | changes))
 
@@ -87,6 +92,7 @@ def accuracy(of: Artifact, right: Sequence[bool], **changes: Any) -> AccuracyRow
         "backend": "onnxruntime",
         "compute_type": of.precision,
         "instruction_set": "x86_64-avx2",
+        "input": "float32",
         "dataset": "images",
         "data_sha256": digest("images"),
         "correct": correct,
@@ -105,7 +111,7 @@ def declared(of: Artifact, correct: int, n: int, dataset: str = "images") -> Acc
     """An accuracy that somebody has written down."""
     row = accuracy(of, [i < correct for i in range(n)], dataset=dataset, source="declared")
     return msgspec.structs.replace(
-        row, backend=None, compute_type=None, instruction_set=None, data_sha256=None, right=None
+        row, backend=None, compute_type=None, instruction_set=None, input=None, data_sha256=None, right=None
     )
 
 
