@@ -12,7 +12,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.backends import Model, Options
+from hydradeploy.backends import Images, Model, Options
 from hydradeploy.bundle import Dialect
 
 
@@ -43,6 +43,10 @@ class Null:
     name: str = "null"
     dialect: Dialect = "ort"
     processor: str = "cpu"
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def compute_types(self, precision: str) -> tuple[str, ...]:
+        return (precision,)
 
     def why_not(self) -> str | None:
         return None
@@ -74,7 +78,7 @@ class NullSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(self, images: Images) -> NDArray[np.float32]:
         self.clock.advance(next(self.latencies))
         return np.zeros((len(images), self.classes), np.float32)
 

@@ -19,15 +19,15 @@ from hydradeploy.measurements import Conditions, Device
 _SETS = ("amx_int8", "avx512_vnni", "avx512f", "avx_vnni", "avx2", "avx", "sse4_2", "i8mm", "asimddp", "asimd", "neon")
 
 
+def features(root: Path = Path("/")) -> frozenset[str]:
+    """What the processor has, in the kernel's words (`avx2`, `bf16`); nothing where it does not tell."""
+    lines = (Tree(root).text("proc/cpuinfo") or "").splitlines()
+    return frozenset(flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split())
+
+
 def instruction_set(root: Path = Path("/")) -> str:
     """Architecture and widest instruction set that arithmetic depends on: `x86_64-avx2`, `aarch64-asimddp`."""
-    machine = platform.machine()
-    flags = {
-        flag
-        for line in (Tree(root).text("proc/cpuinfo") or "").splitlines()
-        if line.startswith(("flags", "Features"))
-        for flag in line.split()
-    }
+    machine, flags = platform.machine(), features(root)
     widest = next((name for name in _SETS if name in flags), None)
     return machine if widest is None else f"{machine}-{widest}"
 
