@@ -84,8 +84,8 @@ class Cell(Record, frozen=True, kw_only=True):
     child, `switch_s` first calls after another model's. `memory_bytes` is the most that any child took beyond what the
     runtime takes without a model, `energy_j` per image and beyond idling, by `meter`. `flags` say what was wrong with
     the measurement, `remarks` on what evidence, `evidence` has the numbers, one for each child that could tell it;
-    `missing` says why a quantity is not there, or what stands in for it. `error` says why there is no measurement, or no
-    more of it.
+    `missing` says why a quantity is not there, or what stands in for it. `error` says why there is no measurement, or
+    no more of it.
     """
 
     artifact: str
