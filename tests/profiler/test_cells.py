@@ -352,6 +352,22 @@ def test_memory_that_is_known_is_not_missing(shared_bundle, tmp_path, taken, kno
     assert ("memory" in other.missing) is not known
 
 
+def test_memory_that_is_not_the_processes_own_says_so_beside_the_figure(shared_bundle, tmp_path):
+    class Shared(Here):
+        def occupied_bytes(self) -> int | None:
+            return 7 << 20
+
+        def missing(self) -> dict[str, str]:
+            return {"memory": "of the whole toy, not of the process"}
+
+    def launch(request: Request, **_: Any) -> Measured:
+        return msgspec.structs.replace(Launch()(request), memory_bytes=5 << 20)
+
+    cell = profile(shared_bundle, tmp_path, launch=launch, here=Shared(), **ONE).cells[0]
+    assert cell.memory_bytes == 5 << 20
+    assert cell.missing["memory"] == "of the whole toy, not of the process"
+
+
 def test_nobody_who_watches_is_missing_conditions(shared_bundle, tmp_path):
     done = profile(shared_bundle, tmp_path, launch=Launch(), here=Here(), **ONE)
     assert done.cells[0].missing["conditions"] == "nobody watched"
@@ -508,8 +524,9 @@ def test_an_error_after_good_rounds_keeps_their_samples_in_every_regime(shared_b
         assert cell.error == "h02-fp32: the measuring process was killed for lack of memory: it said nothing"
         assert sorted(set(cell.process)) == [0, 1]
         assert len(cell.load_s) == len(cell.evidence["warmup"]) == 2
-        with pytest.raises(InvalidError, match="killed for lack of memory"):
+        with pytest.raises(InvalidError, match="killed for lack of memory") as error:
             check_clean([cell])
+        assert error.value.message.count(cell.artifact) == 1
     assert next(calls) == 3, "it is not tried again"
 
 

@@ -181,8 +181,12 @@ def test_garbage_in_the_first_line_is_refused_with_file_and_line(path, garbage):
     lines = written(path, [entry()]).splitlines(keepends=True)
     path.write_bytes(garbage + b"\n" + lines[1])
     for look in (read, resumed):
-        with pytest.raises(IntegrityError, match=r"toy\.jsonl, line 1: "):
+        with pytest.raises(IntegrityError, match=r"toy\.jsonl, line 1: ") as error:
             look(path)
+        assert error.value.hint == "begin anew with --force"
+    with opened(path, HEADER, resume=False, force=True) as journal:
+        assert journal.entries == ()
+    assert read(path) == (HEADER, ())
 
 
 def test_a_journal_of_another_version_is_refused_with_both(path):
