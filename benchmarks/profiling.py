@@ -1,6 +1,6 @@
 """How long `profile` takes on ten subnets of a DeiT-B-sized supernet, and what it says of them.
 
-python benchmarks/profile.py [--preset quick]
+python benchmarks/profiling.py [--preset quick]
 """
 
 from __future__ import annotations
