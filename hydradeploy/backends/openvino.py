@@ -33,6 +33,8 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 class _Session:
     def __init__(self, model: Model, options: Options) -> None:
         core = _core()
+        import openvino
+
         chosen = with_defaults(BACKEND, options, model.precision)
         kind = str(chosen.compute_type)
         properties = {
@@ -54,7 +56,7 @@ class _Session:
         if used != _HINTS[kind]:
             raise MissingError(f"openvino computes {model.name} in {used} here, not in {kind}")
         self._facts = {
-            **BACKEND.software(),
+            "openvino": str(openvino.__version__),
             "device": str(core.get_property("CPU", "FULL_DEVICE_NAME")),
             "threads": "default" if options.threads is None else str(options.threads),
             "streams": str(streams),

@@ -49,7 +49,7 @@ class _Session:
         self._tensors = {name: tensor.to(dtype) for name, tensor in mapped.items()}
         self._subnet, self._dtype, self._forward = weights.subnet, dtype, forward
         self._facts = {
-            **BACKEND.software(),
+            "torch": str(torch.__version__),
             "threads": "default" if options.threads is None else str(options.threads),
             "compute_type": str(chosen.compute_type),
             "weights": f"a copy in {chosen.compute_type}" if copied else "mapped",
@@ -261,7 +261,7 @@ def _tokens(tensors: Mapping[str, Tensor], subnet: Subnet, images: Tensor) -> Te
         x = torch.conv2d(images, tensors["embed.float32.weight"], stride=p).flatten(2).transpose(1, 2)
         x = x + tensors["embed.float32.patches"]
     else:
-        x = (images * 2.0**-8).reshape(-1, p, cells, p * g.channels).transpose(1, 2)
+        x = ((images - 128) * 2.0**-8).reshape(-1, p, cells, p * g.channels).transpose(1, 2)
         x = x.reshape(-1, g.patches, p * p * g.channels) @ tensors["embed.uint8.weight"]
         x = x + tensors["embed.uint8.patches"]
     return torch.cat([tensors["embed.class"].expand(len(x), -1, -1), x], 1)

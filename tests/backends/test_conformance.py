@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from hydradeploy import export, open_bundle
-from hydradeploy.backends import BACKEND_MODULES, Options, backend, model_of, run_all
+from hydradeploy.backends import BACKEND_MODULES, PRECISION_NAMES, Options, backend, model_of, prepared, run_all
 from hydradeploy.bundle import Bundle
 from hydradeploy.data.preprocess import normalise
-from hydradeploy.errors import InputError, MissingError, UsageError
+from hydradeploy.errors import ExitCode, InputError, MissingError, UsageError
 from tests.conftest import missing
 
 pytestmark = pytest.mark.parametrize("name", sorted(BACKEND_MODULES))
@@ -41,15 +41,75 @@ def model(opened: Bundle, runner, artifact: str = "h04-fp32"):
     return model_of(opened, opened.artifact(artifact), runner.dialect)
 
 
-def test_every_artifact_reproduces_its_golden_logits(runner, opened):
-    golden = opened.golden()
-    for artifact in opened.manifest.artifacts:
-        target = model(opened, runner, artifact.name)
-        with runner.open(target, Options()) as session:
-            logits = run_all(session, target, images(opened))
-        expected = golden.logits[artifact.name]
-        assert logits.shape == expected.shape
-        assert np.abs(logits - expected).max() <= artifact.parity.tolerance * np.abs(expected).max()
+def off(bundle: Bundle, artifact, logits) -> float:
+    """The largest difference from the golden logits, of what the artifact may differ by."""
+    expected = bundle.golden().logits[artifact.name]
+    assert logits.shape == expected.shape
+    return float(np.abs(logits - expected).max() / np.abs(expected).max() / artifact.parity.tolerance)
+
+
+@pytest.mark.parametrize("precision", PRECISION_NAMES)
+def test_every_artifact_reproduces_its_golden_logits_or_is_refused_with_what_would_run(runner, everything, precision):
+    types = runner.compute_types(precision)
+    for artifact in (found for found in everything.manifest.artifacts if found.precision == precision):
+        target = model(everything, runner, artifact.name)
+        if not types:
+            with pytest.raises(MissingError, match=f"{runner.name} does not run {precision} here") as refused:
+                runner.open(target, Options())
+            assert refused.value.exit_code is ExitCode.MISSING
+            has = [name for name in PRECISION_NAMES if runner.compute_types(name)]
+            assert refused.value.hint == f"it has {', '.join(has)}"
+            continue
+        pixels = prepared(everything.golden().images, artifact.input, everything.spec.preprocessing)
+        with runner.open(target, Options(threads=1)) as session:
+            assert off(everything, artifact, run_all(session, target, pixels)) <= 1
+            assert session.facts()["compute_type"] == types[0]
+
+
+def test_it_runs_fp32_and_that_in_fp32_by_default(runner):
+    assert runner.compute_types("fp32")[0] == "fp32"
+
+
+def test_every_compute_type_is_taken_and_on_record(runner, everything):
+    artifact, narrow = everything.artifact("h04-fp32"), everything.artifact("h04-bf16")
+    target = model(everything, runner)
+    for kind in runner.compute_types("fp32"):
+        with runner.open(target, Options(threads=1, compute_type=kind)) as session:
+            assert session.facts()["compute_type"] == kind
+            allowed = artifact if kind == "fp32" else narrow
+            expected = everything.golden().logits[artifact.name]
+            logits = run_all(session, target, images(everything))
+            assert np.abs(logits - expected).max() <= allowed.parity.tolerance * np.abs(expected).max()
+
+
+def test_a_compute_type_it_lacks_is_refused_with_those_it_has(runner, everything):
+    with pytest.raises(MissingError, match=f"{runner.name} does not compute fp32 artifacts in fp8 here") as refused:
+        runner.open(model(everything, runner), Options(compute_type="fp8"))
+    assert refused.value.hint == f"it has {', '.join(runner.compute_types('fp32'))}"
+
+
+def test_every_setting_is_taken_is_on_record_and_leaves_the_answer(runner, opened):
+    with runner.open(model(opened, runner), Options(threads=1)) as session:
+        expected = session.run(images(opened)[:1])
+        defaults = {name: session.facts()[name] for name in runner.settings}
+    assert defaults == {name: values[0] for name, values in runner.settings.items()}
+    for name, values in runner.settings.items():
+        for value in values:
+            if value == "compiled":  # takes long, has a test of its own
+                continue
+            with runner.open(model(opened, runner), Options(threads=1, settings={name: value})) as session:
+                np.testing.assert_allclose(session.run(images(opened)[:1]), expected, rtol=1e-4, atol=1e-5)
+                assert {key: session.facts()[key] for key in runner.settings} == defaults | {name: value}
+
+
+def test_a_setting_or_a_value_it_does_not_know_is_refused_with_those_it_knows(runner, opened):
+    with pytest.raises(UsageError, match="has no setting 'colour'") as refused:
+        runner.open(model(opened, runner), Options(settings={"colour": "red"}))
+    assert refused.value.hint == f"it has {', '.join(runner.settings)}"
+    for name, values in runner.settings.items():
+        with pytest.raises(UsageError, match=f"{name} cannot be 'sideways'") as refused:
+            runner.open(model(opened, runner), Options(settings={name: "sideways"}))
+        assert refused.value.hint == f"one of {', '.join(values)}"
 
 
 def test_logits_are_float32_on_the_host_and_the_callers_own(runner, opened):
@@ -168,18 +228,20 @@ def test_preparing_loads_the_runtime_and_as_often_as_one_likes(runner, opened, n
     runner.prepare()
     with runner.open(model(opened, runner), Options(threads=1)) as session:
         assert session.run(images(opened)[:1]).shape == (1, 10)
-    target = model(opened, runner)
     code = f"""
 import sys
 from pathlib import Path
 import numpy as np
-from hydradeploy.backends import Model, Options, backend
+from hydradeploy.backends import Options, backend, model_of
+from hydradeploy.bundle import open_bundle
 runner = backend({name!r})
 assert {name!r} not in sys.modules
+opened = open_bundle(Path({str(opened.path.resolve())!r}))
+target = model_of(opened, opened.artifact("h04-fp32"), runner.dialect)
 runner.prepare()
 before = set(sys.modules)
 assert {name!r} in before
-with runner.open(Model("x", Path({str(target.graph.resolve())!r}), 1, (3, 32, 32), 10), Options(threads=1)) as session:
+with runner.open(target, Options(threads=1)) as session:
     session.run(np.zeros((1, 3, 32, 32), np.float32))
 print(sorted(set(sys.modules) - before))
 """
@@ -195,12 +257,11 @@ def test_a_closed_session_does_not_run(runner, opened):
         session.run(images(opened)[:1])
 
 
-def test_a_graph_that_is_no_graph_is_one_clear_error(runner, opened, bundle):
-    (bundle / "h04-fp32.onnx").write_bytes(b"not a graph")
-    from dataclasses import replace
-
-    broken = replace(model(opened, runner), graph=bundle / "h04-fp32.onnx")
-    with pytest.raises(MissingError, match=r"cannot open .*h04-fp32\.onnx"):
+def test_a_file_that_is_none_of_ours_is_one_clear_error(runner, opened, bundle):
+    broken = model(open_bundle(bundle), runner)
+    file = broken.graph or broken.weights.path
+    file.write_bytes(b"not a graph")
+    with pytest.raises(MissingError, match=rf"{runner.name} cannot open .*{re.escape(file.name)}: .*\w"):
         runner.open(broken, Options())
 
 
@@ -218,4 +279,5 @@ def test_a_backend_that_is_not_installed_says_so(name, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda n: None if n == name else original(n))
     with pytest.raises(MissingError, match=f"{name} is not installed") as refused:
         backend(name)
-    assert "pip install" in str(refused.value.hint)
+    extras = {"onnxruntime": "ort", "openvino": "openvino", "torch": "export"}
+    assert refused.value.hint == f"pip install 'hydradeploy[{extras[name]}]'"
