@@ -19,7 +19,7 @@ from hydradeploy.devices.cpu import features
 from hydradeploy.errors import MissingError
 
 _ERRORS_ONLY = 3
-# Its telemetry is on by default, with a database in the home directory. Looked up when the package is imported.
+# Its telemetry is on by default, with a database in the home directory. To be set before the package is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LEVELS = {
