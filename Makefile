@@ -47,6 +47,7 @@ test-slow: setup
 
 bench: setup
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/shared_weights.py
 	$(BIN)/python benchmarks/pick.py
 
