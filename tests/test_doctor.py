@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hydradeploy.backends import BACKEND_MODULES
+from hydradeploy.backends import BACKEND_MODULES, EXTRAS
 from hydradeploy.devices import DEVICE_MODULES
 from hydradeploy.devices.cuda import Cuda
 from hydradeploy.devices.jetson import Jetson
@@ -279,10 +279,8 @@ def test_a_missing_backend_is_wrong_only_where_there_is_no_other(look, backends,
 def test_every_backend_has_an_extra_to_install():
     from importlib.metadata import metadata
 
-    from hydradeploy.doctor.software import _EXTRAS
-
     extras = metadata("hydradeploy").get_all("Provides-Extra") or []
-    assert [name for name in BACKEND_MODULES if _EXTRAS.get(name, name) not in extras] == []
+    assert [name for name in BACKEND_MODULES if EXTRAS[name] not in extras] == []
 
 
 def test_a_device_that_is_not_here_is_wrong_and_the_rest_is_about_what_is(tmp_path, monkeypatch):

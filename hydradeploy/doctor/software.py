@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
 
+from hydradeploy.backends import EXTRAS
 from hydradeploy.devices import DEVICE_MODULES
 from hydradeploy.doctor.patient import Patient, Row, Status, said
 from hydradeploy.units import show_bytes
-
-# Extras that are not called like their backend.
-_EXTRAS = {"onnxruntime": "ort"}
 
 
 def package(patient: Patient) -> Iterator[Row]:
@@ -24,7 +22,7 @@ def backends(patient: Patient) -> Iterator[Row]:
     absent: Status = "wrong" if all(isinstance(found, str) for found in patient.backends.values()) else "remark"
     for name, found in patient.backends.items():
         if isinstance(found, str):
-            yield Row("backends", name, absent, found, f"pip install 'hydradeploy[{_EXTRAS.get(name, name)}]'")
+            yield Row("backends", name, absent, found, f"pip install 'hydradeploy[{EXTRAS.get(name, name)}]'")
         else:
             versions = ", ".join(f"{what} {number}" for what, number in found.software().items())
             yield Row("backends", name, "ok", f"{versions}, on {found.processor}")
