@@ -108,8 +108,9 @@ class _Session:
         try:
             self._run(np.zeros((batch, *self._model.image_shape), self._model.input))
         except Exception as error:  # whatever its compiler or the system's says
+            cause = getattr(error, "inner_exception", error)
             raise MissingError(
-                f"torch cannot compile {self._model.name}: {_first_line(error)}", hint="take mode=eager"
+                f"torch cannot compile {self._model.name}: {_first_line(cause)}", hint="take mode=eager"
             ) from error
 
     def facts(self) -> Mapping[str, str]:

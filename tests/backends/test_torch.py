@@ -101,6 +101,21 @@ def test_a_session_that_cannot_be_opened_keeps_no_threads(runner, everything, mo
     assert torch.get_num_threads() == before
 
 
+def test_a_compiler_that_fails_is_one_sentence_with_its_reason(runner, everything, monkeypatch):
+    """A compiler that is there and cannot: without headers, say."""
+
+    def refuse(forward, **_: object):
+        def run(*_: object):
+            raise RuntimeError("Python.h: No such file or directory\nand much more")
+
+        return run
+
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.raises(MissingError, match=r"^torch cannot compile h04-fp32: Python\.h: No such file or directory$"):
+        runner.open(model(everything), Options(settings={"mode": "compiled"}))
+
+
 @pytest.mark.parametrize("artifact", ["h04-fp32", "h04-fp16", "h04-bf16"])
 @pytest.mark.parametrize("suffix", ["", "-uint8"])
 def test_narrow_types_are_computed_in_where_the_processor_has_them(runner, everything, monkeypatch, artifact, suffix):
@@ -154,6 +169,7 @@ def test_a_weights_file_that_was_replaced_is_mapped_anew(runner, bundle, everyth
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its compiler uses what torch has deprecated
 def test_what_is_compiled_computes_the_same_and_more_than_eight_are(runner, tmp_path):
     """torch by itself stops compiling at eight, in silence."""
     if shutil.which("g++") is None:
