@@ -24,6 +24,7 @@ from hydradeploy.measurements import (
     add_profile,
     read_profile,
     read_profiles,
+    show_settings,
 )
 
 DEVICE = Device(
@@ -87,6 +88,7 @@ def cells(draw) -> Cell:
     names = ("artifact", "graph_sha256", "backend", "processor", "compute_type", "input", "regime", "measured_at")
     return Cell(
         **{name: draw(text) for name in names},
+        settings=draw(st.dictionaries(text, text, max_size=2)),
         batch=draw(st.integers(1, 1 << 40)),
         threads=draw(st.integers(1, 1 << 40)),
         latency_s=latency_s,
@@ -117,13 +119,23 @@ def test_what_is_written_is_what_is_read_to_the_last_bit(tmp_path_factory, found
     assert os.listdir(directory) == [stored.path.name]
 
 
+def test_settings_are_the_same_in_whatever_order_they_are_given():
+    settings = {"hint": "throughput", "arena": "off"}
+    assert cell(settings=settings).key == cell(settings=dict(reversed(settings.items()))).key
+    assert show_settings(settings) == "arena=off, hint=throughput"
+    assert show_settings({}) == ""
+
+
 def test_a_directory_that_is_not_there_is_made(tmp_path):
     stored = add_profile(tmp_path / "a" / "b", profile())
     assert stored.path.parent == tmp_path / "a" / "b"
     assert read_profile(stored.path).profile == profile()
 
 
-KEY = ("artifact", "graph_sha256", "backend", "processor", "compute_type", "input", "batch", "threads", "regime")
+KEY = (
+    *("artifact", "graph_sha256", "backend", "processor", "compute_type", "settings", "input"),
+    *("batch", "threads", "regime"),
+)
 
 
 @pytest.mark.parametrize("field", [f.name for f in msgspec.structs.fields(Cell)])
@@ -131,7 +143,7 @@ def test_a_cell_is_the_same_measurement_where_nothing_of_its_key_differs(tmp_pat
     first = cell()
     values = {"batch": 7, "threads": 7, "latency_s": (1.0, 2.0, 3.0), "process": (5, 6, 7), "load_s": (), "first_s": ()}
     values |= {"memory_bytes": None, "energy_j": 1.0, "flags": ("noisy",), "evidence": {}, "switch_s": (0.5,)}
-    values |= {"remarks": ("noisy: by 30%",), "missing": {"energy": "no meter"}}
+    values |= {"remarks": ("noisy: by 30%",), "missing": {"energy": "no meter"}, "settings": {"hint": "throughput"}}
     second = cell(**{field: values.get(field, "another")})
     assert (first.key == second.key) == (field not in KEY)
     add_profile(tmp_path, profile(first))
@@ -366,8 +378,8 @@ CELL = ("cells", 0)
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (put("schema", value=1), "schema 1, this version reads 2"),
-        (put("schema", value=0), "schema 0, this version reads 2"),
+        (put("schema", value=1), "schema 1, this version reads 3"),
+        (put("schema", value=0), "schema 0, this version reads 3"),
         (put("schema", value="1"), r"\$\.schema"),
         (gone("schema"), "schema"),
         (put("colour", value="red"), "colour"),

@@ -34,7 +34,10 @@ class Latency(Record, frozen=True, kw_only=True):
 
 
 class Accuracy(Record, frozen=True, kw_only=True):
-    """Top-1 with its 95 % interval, and whether it was measured or declared."""
+    """Top-1 with its 95 % interval, and whether it was measured or declared.
+
+    `backend`, `compute_type` and `instruction_set` are those it was measured with, null where it was declared.
+    """
 
     top1: float
     lower: float
@@ -42,6 +45,9 @@ class Accuracy(Record, frozen=True, kw_only=True):
     n: int
     dataset: str
     source: Literal["measured", "declared"]
+    backend: str | None
+    compute_type: str | None
+    instruction_set: str | None
 
 
 class Picked(Record, frozen=True, kw_only=True):
@@ -156,7 +162,7 @@ def accuracy(row: AccuracyRow | None) -> Accuracy | None:
     """The row's figures."""
     if row is None:
         return None
-    return Accuracy(top1=row.top1, lower=row.lower, upper=row.upper, n=row.n, dataset=row.dataset, source=row.source)
+    return Accuracy(**{name: getattr(row, name) for name in Accuracy.__struct_fields__})
 
 
 def _latency(candidate: Candidate, level: float, confidence: float) -> Latency:

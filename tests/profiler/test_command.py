@@ -102,7 +102,11 @@ STAND_IN = """
     import numpy as np
 
     class SessionOptions:
-        pass
+        def add_session_config_entry(self, name, value):
+            pass
+
+    class GraphOptimizationLevel:
+        ORT_ENABLE_ALL = ORT_DISABLE_ALL = ORT_ENABLE_BASIC = ORT_ENABLE_EXTENDED = 0
 
     class InferenceSession:
         def __init__(self, graph, settings, providers):

@@ -24,7 +24,9 @@ from tests.profiler.virtual import CONDITIONS, DEVICE, largest_file
 
 CELLS = tuple(f"h{heads:02d}-fp32 {heads:064x} onnxruntime batch 1 threads 2" for heads in (2, 3, 4))
 HEADER = Header(device=DEVICE, conditions=CONDITIONS, preset=PRESETS["quick"], target=Target(), cells=CELLS)
-MEASURED = Measured(load_s=0.25, first_s=0.5, warmup=3, latency_s=(0.125, 0.25), memory_bytes=1 << 20, facts={})
+MEASURED = Measured(
+    load_s=0.25, first_s=0.5, prepare_s=0.0, warmup=3, latency_s=(0.125, 0.25), memory_bytes=1 << 20, facts={}
+)
 
 
 def entry(number: int = 0, cell: int = 0, **changes: object) -> Entry:
@@ -62,6 +64,7 @@ answers = st.builds(
     Measured,
     load_s=seconds,
     first_s=seconds,
+    prepare_s=seconds,
     warmup=st.integers(0, 1000),
     steady=st.none() | st.booleans(),
     latency_s=st.lists(st.floats(1e-9, 1e6), min_size=1, max_size=5).map(tuple),
@@ -191,7 +194,7 @@ def test_garbage_in_the_first_line_is_refused_with_file_and_line(path, garbage):
 
 def test_a_journal_of_another_version_is_refused_with_both(path):
     written(path, [], msgspec.structs.replace(HEADER, schema=9))
-    with pytest.raises(IntegrityError, match="schema 9, this version reads 1"):
+    with pytest.raises(IntegrityError, match="schema 9, this version reads 2"):
         resumed(path)
 
 

@@ -235,9 +235,11 @@ def test_a_dry_run_measures_nothing_but_the_probe_and_writes_nothing(bundle, tmp
     assert ran.err == ""
     rounds, least = str(QUICK.rounds), str(QUICK.rounds * QUICK.sampling.samples)
     lines = [line.split() for line in ran.out.splitlines() if line.strip()]
-    assert lines[0] == ["artifact", "threads", "batch", "processes", "samples", "at", "least", "one", "call"]
-    assert [line[:5] for line in lines[2:4]] == [[name, "2", "1", rounds, least] for name in ("h02-fp32", "h04-fp32")]
-    assert lines[2][5:] == ["31.2", "ms"]
+    header = ["artifact", "backend", "threads", "batch", "processes", "samples", "at", "least", "one", "call"]
+    assert lines[0] == header
+    ways = ["onnxruntime,", "fp32", "2", "1", rounds, least]
+    assert [line[:7] for line in lines[2:4]] == [[name, *ways] for name in ("h02-fp32", "h04-fp32")]
+    assert lines[2][7:] == ["31.2", "ms"]
     assert ran.out.splitlines()[-1].startswith(f"{THEM}, about ")
     assert launch.names == ["h02-fp32"]
     assert tree(tmp_path) == before
@@ -395,7 +397,7 @@ def test_strict_refuses_what_could_not_be_measured(shared_bundle, tmp_path, cli:
     virtually(latencies)
     ran = cli(*arguments(shared_bundle, tmp_path, "--strict"))
     assert ran.code == 6
-    assert "1 of 2 measurements are not clean: h04-fp32: h04-fp32: no answer within 600 s" in ran.err
+    assert "1 of 2 measurements are not clean: h04-fp32: no answer within 600 s" in ran.err
     assert len(read_profiles(tmp_path)[0].profile.cells) == 2
 
 

@@ -37,6 +37,7 @@ def pilot(call_s: float, count: int, overhead_s: float = 1.0, values: Sequence[f
     measured = Measured(
         load_s=0.1,
         first_s=0.1,
+        prepare_s=0.0,
         warmup=1,
         latency_s=tuple(values or [call_s] * count),
         started_s=5.0,

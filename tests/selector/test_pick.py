@@ -103,14 +103,16 @@ ANSWER = {
     *("more_samples", "knobs", "notes", "rejected"),
 }
 PICKED = {
-    *("artifact", "heads", "precision", "backend", "batch", "threads", "regime", "file", "sha256"),
+    *("artifact", "heads", "precision", "backend", "compute_type", "settings", "input", "batch", "threads"),
+    *("regime", "file", "sha256"),
     *("latency_s", "accuracy", "memory_bytes", "size_bytes", "energy_j", "flags"),
 }
 LATENCY = {
     *("p50", "p95", "p99", "upper", "percentile", "confidence", "n", "n_effective", "processes", "spread"),
     "assumes",
 }
-TOP1 = {"top1", "lower", "upper", "n", "dataset", "source"}
+TOP1 = {"top1", "lower", "upper", "n", "dataset", "source", "backend", "compute_type", "instruction_set"}
+REJECTED = {"artifact", "backend", "compute_type", "settings", "threads", "batch", "status", "reason"}
 
 
 def test_json_has_the_documented_keys_and_the_measured_values(world: World):
@@ -124,6 +126,7 @@ def test_json_has_the_documented_keys_and_the_measured_values(world: World):
     assert found["profile"] == str(next(world.profiles.glob("*.json")))
     assert (picked["artifact"], picked["heads"], picked["precision"]) == ("h04-fp32", 4, "fp32")
     assert (picked["backend"], picked["batch"], picked["threads"]) == ("onnxruntime", 1, 1)
+    assert (picked["compute_type"], picked["settings"], picked["input"]) == ("fp32", {}, "float32")
     assert (picked["file"], picked["sha256"]) == (of.graphs["ort"], of.sha256)
     assert (world.bundle / picked["file"]).is_file()
     assert (picked["size_bytes"], picked["memory_bytes"]) == (of.size_bytes, measured.memory_bytes)
@@ -144,7 +147,7 @@ def test_json_has_the_documented_keys_and_the_measured_values(world: World):
     assert (found["nearest"], found["more_samples"], found["knobs"]) == (None, None, [])
     assert {r["artifact"]: r["status"] for r in found["rejected"]} == {"h05-fp32": "missed", "h06-fp32": "missed"}
     for rejected in found["rejected"]:
-        assert set(rejected) == {"artifact", "backend", "threads", "batch", "status", "reason"}
+        assert set(rejected) == REJECTED
 
 
 def test_a_percentile_is_null_where_the_samples_cannot_carry_it(world: World):
@@ -695,8 +698,54 @@ def test_accuracy_measured_elsewhere_is_noted_with_both_places(bare: World):
     bare.evaluated(instruction_set="z80")
     bare.ladder()
     (note,) = bare.json("--latency", "3.5ms")["notes"]
-    assert "onnxruntime on z80" in note
-    assert f"onnxruntime on {bare.here.instruction_set}" in note
+    assert "onnxruntime in fp32 on z80" in note
+    assert f"onnxruntime in fp32 on {bare.here.instruction_set}" in note
+
+
+def test_accuracy_measured_in_another_compute_type_is_noted_and_the_one_of_the_cells_own_is_preferred(bare: World):
+    where = bare.here.instruction_set
+    bare.measured(bare.cell(2, compute_type="bf16"))
+    bare.evaluated({2: 100})
+    answer = bare.json("--latency", "3.5ms")
+    assert answer["notes"] == [
+        f"accuracy was measured with onnxruntime in fp32 on {where}, latency with onnxruntime in bf16 on {where}"
+    ]
+    assert answer["pick"]["accuracy"]["compute_type"] == "fp32"
+    bare.evaluated({2: 90}, compute_type="bf16")
+    bare.evaluated({2: 101})
+    answer = bare.json("--latency", "3.5ms")
+    assert answer["notes"] == []
+    assert (answer["pick"]["accuracy"]["compute_type"], answer["pick"]["accuracy"]["top1"]) == ("bf16", 0.45)
+
+
+def test_of_all_ways_to_run_an_artifact_one_that_meets_the_budget_is_picked_and_named(bare: World):
+    """One artifact in five ways; what tells the picked one from the others is in the answer."""
+    bare.evaluated({4: 150})
+    bare.measured(
+        bare.cell(4, 9 * MS),
+        bare.cell(4, 8 * MS, threads=2),
+        bare.cell(4, 7 * MS, compute_type="bf16"),
+        bare.cell(4, 6 * MS, backend="openvino", settings={"hint": "throughput"}),
+        bare.cell(4, 3 * MS, backend="openvino", compute_type="bf16", settings={"hint": "throughput"}, threads=2),
+    )
+    picked = bare.json("--latency", "3.5ms")["pick"]
+    assert (picked["artifact"], picked["precision"], picked["backend"]) == ("h04-fp32", "fp32", "openvino")
+    assert (picked["compute_type"], picked["settings"], picked["threads"]) == ("bf16", {"hint": "throughput"}, 2)
+    told = bare.run("--latency", "3.5ms", "--explain").out
+    assert "h04-fp32 (openvino, bf16, hint=throughput, 2 threads): p95 at most" in told
+    for way in ("onnxruntime, 1 thread", "onnxruntime, 2 threads", "onnxruntime, bf16, 1 thread"):
+        assert f"refused: h04-fp32 ({way}): p95 over 3.50 ms" in told
+    assert "refused: h04-fp32 (openvino, hint=throughput, 1 thread)" in told
+    near = bare.run("--latency", "2.5ms")
+    assert near.code == 3
+    assert "h04-fp32 (openvino, bf16, hint=throughput, 2 threads) fits with" in near.out
+    assert near.out.count("nearest: h04-fp32: p95 over 2.50 ms: 3.") == 1
+
+
+def test_the_nearest_of_several_ways_is_refused_for_its_own_reason(bare: World):
+    bare.evaluated({4: 150})
+    bare.measured(bare.cell(4, 9 * MS), bare.cell(4, 5 * MS, settings={"arena": "off"}))
+    assert "nearest: h04-fp32: p95 over 2.50 ms: 5." in bare.run("--latency", "2.5ms").out
 
 
 def test_cells_without_accuracy_are_left_out_only_where_it_counts(bare: World):
@@ -771,7 +820,7 @@ def edited(path: Path, edit: Any) -> None:
 EDITS = {
     "an unknown field": (lambda d: d.update(colour="red"), "colour"),
     "an unknown field of a cell": (lambda d: d["cells"][1].update(p95=1.0), "cells"),
-    "a schema of the future": (lambda d: d.update(schema=3), "schema 3, this version reads 2"),
+    "a schema of the future": (lambda d: d.update(schema=4), "schema 4, this version reads 3"),
     "no schema": (lambda d: d.pop("schema"), "schema"),
     "no device": (lambda d: d.pop("device"), "device"),
     "a latency of zero": (lambda d: d["cells"][0]["latency_s"].__setitem__(0, 0), "latency_s"),
