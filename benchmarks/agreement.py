@@ -62,6 +62,7 @@ import json, sys
 import numpy as np, openvino
 from hydradeploy.backends import Model, Options
 from hydradeploy.profiler.sampling import Sampling, measure
+from hydradeploy.spec import Preprocessing
 
 graph, batches, threads, count = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 
@@ -80,10 +81,17 @@ class OpenVino:
     def open(self, model, options): return Session()
 
 sampling = Sampling(warmup=5, warmup_s=0.0, samples=count, seconds=0.0, at_most=count)
-model = Model("graph", graph, 1, batches.shape[2:], 1000)
-found = measure(OpenVino(), model, Options(threads), batches, sampling)
+model = Model("graph", graph, 1, batches.shape[2:], 1000, input="uint8")
+nothing = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0, interpolation="bicubic")
+found = measure(OpenVino(), model, Options(threads), batches, nothing, sampling)
 print(json.dumps(found.latency_s))
 """
+
+
+def graph_of(request: Request) -> str:
+    """The file that a request's artifact is computed from."""
+    bundle = open_bundle(Path(request.bundle), "manifest")
+    return str(bundle.graph(bundle.artifact(request.artifact), "ort"))
 
 
 @dataclass
@@ -117,7 +125,7 @@ class Turns:
         return measured
 
     def _script(self, script: str, request: Request, count: int) -> list[float]:
-        command = [sys.executable, "-c", script, request.graph, request.batches, str(request.threads), str(count)]
+        command = [sys.executable, "-c", script, graph_of(request), request.batches, str(request.threads), str(count)]
         environment = os.environ | {"PYTHONPATH": str(Path(hydradeploy.__file__).parents[1])}
         ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         return list(json.loads(ran.stdout.splitlines()[-1]))
@@ -125,7 +133,7 @@ class Turns:
     def _app(self, request: Request, count: int) -> list[float]:
         """Its median only: it tells no samples."""
         app = Path(sys.executable).with_name("benchmark_app")
-        command = [str(app), "-m", request.graph, "-d", "CPU", "-api", "sync", "-hint", "none", "-nstreams", "1"]
+        command = [str(app), "-m", graph_of(request), "-d", "CPU", "-api", "sync", "-hint", "none", "-nstreams", "1"]
         command += ["-nthreads", str(request.threads), "-infer_precision", "f32", "-niter", str(count)]
         ran = subprocess.run(command, capture_output=True, text=True, check=True)
         found = re.search(r"Median:\s+([0-9.]+) ms", ran.stdout)
@@ -168,7 +176,8 @@ def main() -> None:
     watches: list[Watch] = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        export(supernet_file(directory), directory / "bundle", heads=(options.heads,))
+        # Of pixels, so that nobody has to prepare them.
+        export(supernet_file(directory), directory / "bundle", heads=(options.heads,), input="uint8")
         assert open_bundle(directory / "bundle").manifest.artifacts
         order = Order(preset="standard", threads=(options.threads,), max_time_s=600.0)
         done = hydradeploy.profile(

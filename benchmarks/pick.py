@@ -69,6 +69,7 @@ def row(artifact: Artifact, generator: random.Random) -> AccuracyRow:
         backend="onnxruntime",
         compute_type=artifact.precision,
         instruction_set="x86_64-avx2",
+        input="float32",
         dataset="synthetic",
         data_sha256="0" * 64,
         correct=correct,

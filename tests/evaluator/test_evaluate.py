@@ -15,10 +15,11 @@ from hydradeploy import declare, evaluate, export, open_bundle
 from hydradeploy.bundle import ACCURACY, EVALUATION, read_accuracy, read_outcomes
 from hydradeploy.data.datasets import open_dataset
 from hydradeploy.data.preprocess import normalise
-from hydradeploy.errors import InputError, IntegrityError
+from hydradeploy.errors import InputError, IntegrityError, MissingError
 from hydradeploy.stats.proportions import wilson
 from hydradeploy.supernet.store import load
 from tests.conftest import Cli, geometry, write_supernet
+from tests.fakes import Fake, install
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +239,127 @@ def test_a_data_set_without_a_test_split_names_those_it_has(tmp_path):
     with pytest.raises(InputError, match="no such split") as refused:
         open_dataset(str(tmp_path / "set"), "test")
     assert "train" in str(refused.value.hint)
+
+
+# ---------------------------------------------------------------- backends, compute types, inputs
+
+
+def test_rows_of_several_backends_and_types_stand_beside_each_other(bundle, labelled, monkeypatch):
+    abacus = Fake("abacus", {"fp32": ("fp32", "bf16")})
+    install(monkeypatch, abacus)
+    told: list[str] = []
+    found = evaluate(
+        bundle, str(labelled), limit=10, backends=("all",), compute_types=("fp32", "bf16"), say=told.append
+    )
+    assert {(row.artifact, row.backend, row.compute_type) for row in found.rows} == {
+        (f"h{heads:02d}-fp32", backend, kind)
+        for heads in range(2, 7)
+        for backend, kind in (("onnxruntime", "fp32"), ("abacus", "fp32"), ("abacus", "bf16"))
+    }
+    assert [options.compute_type for _, options in abacus.opened] == ["fp32"] * 5 + ["bf16"] * 5
+    assert told == list(found.left_out)
+    assert told[-1].endswith("h06-fp16: abacus does not run fp16 here")
+    again = evaluate(bundle, str(labelled), limit=20, backends=("abacus",), compute_types=("bf16",)).rows
+    stored = read_accuracy(open_bundle(bundle))
+    assert len(stored) == 15, "rows of the same way are replaced, the others stay"
+    assert {row.n for row in stored if row.compute_type == "bf16"} == {20}
+    assert set(again) <= set(stored)
+    assert len(read_outcomes(open_bundle(bundle))) == 15
+
+
+def test_no_more_sessions_are_open_at_once_than_there_are_head_counts(bundle, labelled, monkeypatch):
+    most, now = 0, 0
+
+    class Counting(Fake):
+        def open(self, model, options):
+            nonlocal most, now
+            now += 1
+            most = max(most, now)
+            session = super().open(model, options)
+            leave = session.__exit__
+
+            class Counted(type(session)):
+                def __exit__(self, *error):
+                    nonlocal now
+                    now -= 1
+                    leave(*error)
+
+            session.__class__ = Counted
+            return session
+
+    install(monkeypatch, Counting("abacus", {"fp32": ("fp32", "bf16"), "fp16": ("fp16",)}), alone=True)
+    evaluate(bundle, str(labelled), limit=3, compute_types=("fp32", "bf16", "fp16"))
+    assert (most, now) == (5, 0)
+
+
+def test_an_artifact_that_takes_pixels_is_as_accurate_as_the_one_that_takes_normalised_images(
+    supernet_file, tmp_path, labelled, cli: Cli
+):
+    for kind in ("float32", "uint8"):
+        export(supernet_file, tmp_path / "b", heads=(2, 3), input=kind)
+    rows = {row.artifact: row for row in evaluate(tmp_path / "b", str(labelled)).rows}
+    assert {name: row.input for name, row in rows.items()} == {
+        "h02-fp32": "float32",
+        "h03-fp32": "float32",
+        "h02-fp32-uint8": "uint8",
+        "h03-fp32-uint8": "uint8",
+    }
+    for name in ("h02-fp32", "h03-fp32"):
+        assert rows[name].right == rows[f"{name}-uint8"].right
+    shown = cli("evaluate", "--bundle", tmp_path / "b", "--data", labelled, "--limit", 5).out
+    assert [line.split()[-4] for line in shown.splitlines() if "-uint8" in line] == ["uint8"] * 2
+
+
+@pytest.mark.parametrize("broken", ["when it is opened", "when it is run"])
+def test_a_backend_that_fails_with_one_artifact_keeps_the_others(bundle, labelled, monkeypatch, cli: Cli, broken):
+    class Breaking(Fake):
+        def open(self, model, options):
+            session = super().open(model, options)
+            if model.name == "h04-fp32":
+                session._session = None
+                session.run = fail
+            return session
+
+    def fail(images):
+        raise MissingError("abacus cannot run h04-fp32: no kernel for it")
+
+    opening = broken == "when it is opened"
+    kind = Fake if opening else Breaking
+    install(monkeypatch, kind("abacus", {"fp32": ("fp32",)}, breaks=("h04-fp32",) if opening else ()), alone=True)
+    ran = cli("evaluate", "--bundle", bundle, "--data", labelled, "--limit", 40, "--json")
+    assert ran.code == 0, ran.err
+    document = json.loads(ran.out)
+    assert [row["artifact"] for row in document["rows"]] == [f"h{heads:02d}-fp32" for heads in (2, 3, 5, 6)]
+    verb = "open" if opening else "run"
+    assert document["left_out"][-1] == f"left out: h04-fp32: abacus cannot {verb} h04-fp32: no kernel for it"
+    assert document["left_out"][-1] in ran.err
+    assert {row.artifact for row in read_accuracy(open_bundle(bundle))} == {row["artifact"] for row in document["rows"]}
+
+
+def test_where_everything_fails_nothing_is_written(bundle, labelled, monkeypatch, cli: Cli):
+    names = [artifact.name for artifact in open_bundle(bundle).manifest.artifacts]
+    install(monkeypatch, Fake("abacus", {"fp32": ("fp32",), "fp16": ("fp16",)}, breaks=names), alone=True)
+    ran = cli("evaluate", "--bundle", bundle, "--data", labelled)
+    assert ran.code == 8
+    assert "no artifact could be evaluated" in ran.err
+    assert not (bundle / ACCURACY).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--backend", "quartz"), "quartz does not run fp32 here"),
+        (("--backend", "quartz,onnxruntime", "--compute-type", "int4"), "do not compute in int4 here"),
+        (("--backend", "onnxruntime", "--compute-type", "fp32,int8"), "does not compute in int8 here"),
+    ],
+)
+def test_where_no_backend_does_what_was_asked_for_it_is_exit_8_with_what_they_have(
+    bundle, labelled, monkeypatch, cli: Cli, options, told
+):
+    install(monkeypatch, Fake("quartz", {"int8": ("int8",)}))
+    ran = cli("evaluate", "--bundle", bundle, "--data", labelled, *options)
+    assert ran.code == 8
+    assert told in ran.err
+    assert "hint: " in ran.err
+    assert " has " in ran.err
+    assert not (bundle / ACCURACY).exists()

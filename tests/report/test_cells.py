@@ -35,7 +35,12 @@ def width(table: Table) -> int:
 
 
 def test_latencies_come_first_and_the_rest_beside_the_evidence():
-    one = measured(energy_j=0.4, meter="VDD_IN, module", switch_s=(30 * MS, 50 * MS, 40 * MS))
+    one = measured(
+        energy_j=0.4,
+        meter="VDD_IN, module",
+        switch_s=(30 * MS, 50 * MS, 40 * MS),
+        evidence={"prepare_s": (0.2 * MS, 0.4 * MS, 0.3 * MS)},
+    )
     first, second = tables([one])
     ordered = sorted(one.latency_s)
     low, high = quantile_interval(one.latency_s, one.process)
@@ -46,9 +51,10 @@ def test_latencies_come_first_and_the_rest_beside_the_evidence():
     assert float(column(first, "p95 at most")[0].split()[0]) > 1e3 * quantile(ordered, 0.95)
     assert re.fullmatch(r"[45]\.\d%", column(first, "spread")[0])
     assert second.title == f"also measured: {first.title}; energy by VDD_IN, module"
-    assert second.header == ("artifact", "samples", "worth", "load", "first run", "switch", "memory", "energy")
+    names = ("samples", "worth", "load", "prepare", "first run", "switch", "memory", "energy")
+    assert second.header == ("artifact", *names)
     assert second.rows[0][1] == "200"
-    assert second.rows[0][3:] == ("100 ms", "200 ms", "40.0 ms", "30.0 MiB", "0.4 J")
+    assert second.rows[0][3:] == ("100 ms", "300 us", "200 ms", "40.0 ms", "30.0 MiB", "0.4 J")
 
 
 def test_a_percentile_that_the_samples_cannot_carry_says_how_many_it_takes():
@@ -93,6 +99,18 @@ def test_precision_is_in_the_name_and_computing_otherwise_has_a_column():
     assert "compute type" not in next(tables(both)).header
     first, _ = tables([both[0], measured(compute_type="tf32")])
     assert column(first, "compute type") == ["fp32", "tf32"]
+    first, _ = tables([measured(compute_type="bf16"), measured(4, compute_type="bf16")])
+    assert column(first, "compute type") == ["bf16", "bf16"], "the names tell another one"
+
+
+def test_settings_have_a_column_where_they_differ_and_are_in_the_title_where_they_do_not():
+    fast, slow = measured(settings={"hint": "throughput", "arena": "off"}), measured()
+    first, _ = tables([fast, slow])
+    assert column(first, "settings") == ["arena=off, hint=throughput", "default"]
+    assert label(fast, [fast, slow]) == "h03-fp32, arena=off, hint=throughput"
+    first, _ = tables([fast])
+    assert "settings" not in first.header
+    assert first.title == "saturated, onnxruntime, arena=off, hint=throughput, cpu, 1 thread, batch 1"
 
 
 def test_a_failed_cell_has_a_row_and_no_figures():
