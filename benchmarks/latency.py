@@ -196,11 +196,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ]
         axes.bar(x, y, width, yerr=spread, label=name, color=plt.colormaps["tab20"](j % 20))
         for row, at, top in zip(mine, x, high, strict=True):
-            axes.text(at, top, f" {float(row['median_ms']):.3g} ms", rotation=90, ha="center", va="bottom", fontsize=7)
+            axes.text(at, top, f" {float(row['median_ms']):.1f} ms", rotation=90, ha="center", va="bottom", fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(list(places.values()), [f"k = {k}" for k in places])
     axes.set_ylabel(f"time / {EXPORTED}, batch 1")
-    axes.margins(y=0.15)
+    axes.margins(y=0.2)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
     plt.close(figure)
