@@ -24,6 +24,9 @@ Attribute = int | float | tuple[int, ...]
 # opset and IR version. `ort`: what ONNX Runtime 1.23, the last for Python 3.10, opens, with Attention and Gelu as one
 # node; `trt`: what TensorRT 8.6 (JetPack 6.0) parses.
 _VERSIONS: dict[Dialect, tuple[int, int]] = {"ort": (23, 10), "trt": (17, 8)}
+# The last whose QuantizeLinear ONNX Runtime 1.23 has a kernel for. Attention came with the next; in parts it takes as
+# long.
+_STATIC_OPSET = 22
 DIALECTS: tuple[Dialect, ...] = ("ort", "trt")
 _ONNX_TYPES: dict[Dtype, int] = {"float32": 1, "float16": 10, "bfloat16": 16}
 
@@ -104,6 +107,8 @@ class _Writer:
         # ONNX Runtime's processor backend has no bfloat16: there its weights are widened when they are loaded.
         self._dtype: Dtype = "float32" if self._ort and form.dtype == "bfloat16" else form.dtype
         self._opset, self._ir_version = _VERSIONS[dialect]
+        if self._ort and precision.int8 == "static":
+            self._opset = _STATIC_OPSET
         self._stored = stored(subnet, form)
         self._nodes: list[Node] = []
         self._weights: dict[str, Weight] = {}
@@ -145,10 +150,12 @@ class _Writer:
     def _patches(self) -> str:
         """Of normalised images: (b, patches, d)."""
         g, patch = self._geometry, (self._geometry.patch_size, self._geometry.patch_size)
-        image = self._cast("image", self._dtype, "image.cast") if self._dtype != "float32" else "image"
-        x = self._node(
-            "Conv", [image, self._weight("embed.float32.weight")], "embed.conv", kernel_shape=patch, strides=patch
-        )
+        # Before opset 22 there is no Conv in bfloat16.
+        wide = self._dtype == "bfloat16"
+        image = self._cast("image", self._dtype, "image.cast") if self._dtype == "float16" else "image"
+        weight = self._weight("embed.float32.weight", widened=wide)
+        x = self._node("Conv", [image, weight], "embed.conv", kernel_shape=patch, strides=patch)
+        x = self._cast(x, self._dtype, "embed.narrow") if wide else x
         x = self._node("Reshape", [x, self._ints("embed.flat", 0, self._subnet.width, g.patches)], "embed.flatten")
         return self._node("Transpose", [x], "embed", perm=(0, 2, 1))
 
@@ -203,7 +210,7 @@ class _Writer:
         q = self._linear(queries, layer, f"{at}.q")
         keys = self._product(x, layer, f"{at}.k", f"{at}.k")
         v = self._linear(x, layer, f"{at}.v")
-        if not self._ort:
+        if self._opset < 23:
             return self._mixed(q, keys, v, at)
         return self._node("Attention", [q, keys, v], f"{at}.mixed", q_num_heads=k, kv_num_heads=k, scale=1.0)
 
@@ -319,9 +326,9 @@ class _Writer:
         self._nodes.append(Node(op=op, inputs=tuple(inputs), outputs=(output,), attributes=attributes))
         return output
 
-    def _weight(self, name: str) -> str:
+    def _weight(self, name: str, *, widened: bool = False) -> str:
         tensor = self._stored[name]
-        widened = tensor.dtype == "bfloat16" and self._dtype == "float32"
+        widened = widened or (tensor.dtype == "bfloat16" and self._dtype == "float32")
         self._weights[name] = Weight(
             name=name, dtype=tensor.dtype, shape=tensor.shape, cast="float32" if widened else None
         )
