@@ -20,6 +20,9 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
 
+from hydradeploy.backends import PRECISION_NAMES
+from hydradeploy.bundle import Bundle
+from hydradeploy.data.samples import synthetic
 from hydradeploy.spec import Geometry, Preprocessing, Spec
 from hydradeploy.supernet.model import Supernet
 from hydradeploy.supernet.store import save
@@ -117,6 +120,24 @@ def shared_bundle(tmp_path_factory: pytest.TempPathFactory, supernet_file: Path)
     return path
 
 
+def write_images(path: Path, of: Spec | None = None, count: int = 16) -> Path:
+    """An .npz file of images to calibrate with."""
+    np.savez(path, images=synthetic(of or spec(), count, seed=1).images)
+    return path
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory, supernet_file: Path) -> Bundle:
+    """h03, h04 and h06 in every precision, h04 with uint8 images too; do not write to it."""
+    require("onnxruntime")
+    from hydradeploy import export
+
+    path = tmp_path_factory.mktemp("everything")
+    data, bundle = write_images(path / "images.npz"), path / "bundle"
+    export(supernet_file, bundle, heads=(3, 4, 6), precisions=PRECISION_NAMES, data=data)
+    return export(supernet_file, bundle, heads=(4,), precisions=PRECISION_NAMES, data=data, input="uint8")
+
+
 @pytest.fixture(scope="session")
 def deit_b_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A supernet file of DeiT-B's size, heads 3 to 12."""
@@ -132,6 +153,17 @@ def deit_b_bundle(tmp_path_factory: pytest.TempPathFactory, deit_b_file: Path) -
     path = tmp_path_factory.mktemp("deit_b") / "bundle"
     export(deit_b_file, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def deit_b_everything(tmp_path_factory: pytest.TempPathFactory, deit_b_file: Path) -> Bundle:
+    """All ten subnets of it in every precision; do not write to it."""
+    require("onnxruntime")
+    from hydradeploy import export
+
+    path = tmp_path_factory.mktemp("deit_b_everything")
+    data = write_images(path / "images.npz", spec(deit_b_geometry()), count=4)
+    return export(deit_b_file, path / "bundle", precisions=PRECISION_NAMES, data=data)
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ LEVELS = 64
 
 def quantised(matrix: Array) -> tuple[Array, Array]:
     """An [in, out] matrix as int8 and a scale per output channel, float32: matrix = int8 * scale, to half a step."""
-    largest = np.abs(matrix).max(0)
-    scale = np.where(largest > 0, largest / LEVELS, 1.0).astype(np.float32)
+    steps = np.abs(matrix).max(0) / LEVELS
+    # A column that decay has left among the denormal numbers counts as 0: its step would be 0, or flushed to it.
+    scale = np.where(steps >= np.finfo(np.float32).tiny, steps, 1.0).astype(np.float32)
     return np.rint(matrix / scale).astype(np.int8), scale
 
 

@@ -1,100 +1,104 @@
-"""Stored weights: layout, prefixes, and a content hash that sees what a subnet reads and nothing else."""
+"""The weights file: layout, and a content hash that sees what a subnet reads and nothing else."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydradeploy.bundle import stored_shapes
-from hydradeploy.errors import InputError
-from hydradeploy.exporter.precision import PRECISIONS
-from hydradeploy.exporter.weights import (
-    HeadDigests,
-    convert,
-    layout,
-    map_weights,
-    stored_tensors,
-    write_weights,
-)
-from tests.conftest import geometry, supernet
+from hydradeploy.exporter.source import Source
+from hydradeploy.exporter.weights import HeadDigests, block, layout, map_weights, numpy_type, write_weights
+from hydradeploy.stored import ITEM_BYTES, Form, layers, stored
+from tests.conftest import geometry, spec, supernet
 
-FP32, FP16 = PRECISIONS["fp32"], PRECISIONS["fp16"]
 SHAPE = geometry(heads=4, trained_heads=(1, 2, 3, 4), head_dim=4, depth=1)
+FORMS = {
+    "fp32": Form(dtype="float32"),
+    "fp16, pixels": Form(dtype="float16", input="uint8"),
+    "bf16": Form(dtype="bfloat16"),
+    "int8": Form(dtype="float32", int8=layers(SHAPE)),
+    "int8 but for two layers": Form(dtype="float32", int8=layers(SHAPE)[1:-1]),
+}
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
 
 
 def arrays(seed: int = 0) -> dict[str, np.ndarray]:
     return {name: tensor.numpy().copy() for name, tensor in supernet(SHAPE, seed).state_dict().items()}
 
 
-def contents(tensors: dict[str, np.ndarray], largest: int = 4) -> list[str]:
-    digests = HeadDigests(SHAPE, largest)
-    for name, tensor in stored_tensors(tensors, SHAPE).items():
+def full(tensors: Mapping[str, np.ndarray], form: Form) -> dict[str, np.ndarray]:
+    """Everything that any subnet reads, at full width."""
+    source = Source(tensors, SHAPE, spec(SHAPE).preprocessing)
+    return dict(source.tensors({name: t.dtype for name, t in stored(SHAPE.subnet(4), form).items()}))
+
+
+def contents(tensors: Mapping[str, np.ndarray], form: Form, largest: int = 4) -> list[str]:
+    digests = HeadDigests(SHAPE, largest, form)
+    for name, tensor in full(tensors, form).items():
         digests.update(name, tensor)
     return [digests.content(k) for k in range(1, largest + 1)]
 
 
-def test_stored_blocks_are_the_subnets_own_tensors():
-    full = supernet(SHAPE)
-    stored = stored_tensors({name: tensor.numpy() for name, tensor in full.state_dict().items()}, SHAPE)
-    for k in SHAPE.trained_heads:
-        plain = full.subnet(k)
-        own = stored_tensors({n: t.numpy() for n, t in plain.state_dict().items()}, plain.geometry)
-        shapes = stored_shapes(SHAPE.subnet(k))
-        assert shapes.keys() == own.keys() == stored.keys()
-        for name, shape in shapes.items():
-            assert np.array_equal(stored[name][tuple(slice(s) for s in shape)], own[name])
-
-
-def test_the_file_holds_each_tensor_once_on_pages_and_maps_back(tmp_path):
-    table, end = layout(stored_shapes(SHAPE.subnet(4)), FP32)
-    stored = stored_tensors(arrays(), SHAPE)
-    record = write_weights(tmp_path / "w", table, stored.items())
+@every_form
+def test_the_file_holds_each_tensor_once_on_pages_and_maps_back(tmp_path, form):
+    tensors = stored(SHAPE.subnet(4), form)
+    table, end = layout(tensors)
+    expected = full(arrays(), form)
+    record = write_weights(tmp_path / "w", table, expected.items())
     assert record.size_bytes == end == (tmp_path / "w").stat().st_size
     assert all(entry.offset % 4096 == 0 for entry in table.values())
-    ends = [entry.offset + int(np.prod(entry.shape)) * 4 for entry in table.values()]
+    ends = [entry.offset + int(np.prod(entry.shape)) * ITEM_BYTES[entry.dtype] for entry in table.values()]
     starts = [entry.offset for entry in table.values()]
     assert all(before <= after for before, after in zip(ends, starts[1:], strict=False))
-    for name, tensor in map_weights(tmp_path / "w", table).items():
-        assert np.array_equal(tensor, stored[name])
+    mapped = map_weights(tmp_path / "w", table)
+    assert list(mapped) == list(tensors)
+    for name, tensor in mapped.items():
+        assert tensor.dtype == numpy_type(tensors[name].dtype)
+        assert np.array_equal(tensor, expected[name])
 
 
-def test_a_value_beyond_half_precision_is_refused_by_name():
-    with pytest.raises(InputError, match=r"head\.bias holds 70000"):
-        convert("head.bias", np.array([1.0, -70000.0], np.float32), FP16)
-    assert convert("head.bias", np.array([65504.0], np.float32), FP16)[0] == 65504
+def test_only_what_is_int8_takes_a_byte_and_the_rest_of_such_a_file_is_float32():
+    tensors = stored(SHAPE.subnet(4), FORMS["int8"])
+    int8 = {name for name, tensor in tensors.items() if tensor.dtype == "int8"}
+    assert int8 == {
+        f"blocks.0.{part}.int8" for part in ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
+    } | {"head.int8"}
+    assert {tensor.dtype for name, tensor in tensors.items() if name not in int8} == {"float32"}
 
 
-def test_content_does_not_depend_on_the_largest_subnet_exported():
-    assert contents(arrays(), 2) == contents(arrays())[:2]
+@every_form
+def test_content_does_not_depend_on_the_largest_subnet_exported(form):
+    assert contents(arrays(), form, 2) == contents(arrays(), form)[:2]
 
 
-def test_equal_weights_have_equal_content_and_others_do_not():
-    assert contents(arrays(0)) == contents(arrays(0))
-    assert not set(contents(arrays(0))) & set(contents(arrays(1)))
+@every_form
+def test_equal_weights_have_equal_content_and_others_do_not(form):
+    assert contents(arrays(0), form) == contents(arrays(0), form)
+    assert not set(contents(arrays(0), form)) & set(contents(arrays(1), form))
 
 
-@given(name=st.sampled_from(sorted(SHAPE.shapes())), at=st.integers(0, 10**6))
-def test_one_changed_weight_changes_just_the_subnets_that_read_it(name, at):
-    before, tensors = contents(arrays()), arrays()
+@given(name=st.sampled_from(sorted(SHAPE.shapes())), at=st.integers(0, 10**6), form=st.sampled_from(list(FORMS)))
+def test_one_changed_weight_changes_just_the_subnets_that_read_it(name, at, form):
+    of = FORMS[form]
+    before, tensors = contents(arrays(), of), arrays()
     flat = tensors[name].reshape(-1)
     flat[at % flat.size] += 1
-    after = contents(tensors)
-    stored, changed = stored_tensors(arrays(), SHAPE), stored_tensors(tensors, SHAPE)
+    after = contents(tensors, of)
+    unchanged, changed = full(arrays(), of), full(tensors, of)
     for k in SHAPE.trained_heads:
         reads = any(
-            not np.array_equal(*(side[n][tuple(slice(s) for s in shape)] for side in (stored, changed)))
-            for n, shape in stored_shapes(SHAPE.subnet(k)).items()
+            not np.array_equal(*(block(side[n], tensor.shape) for side in (unchanged, changed)))
+            for n, tensor in stored(SHAPE.subnet(k), of).items()
         )
         assert (before[k - 1] != after[k - 1]) == reads
 
 
 def test_content_includes_its_context():
-    digests = HeadDigests(SHAPE, 4)
-    for name, tensor in stored_tensors(arrays(), SHAPE).items():
+    digests = HeadDigests(SHAPE, 4, FORMS["fp32"])
+    for name, tensor in full(arrays(), FORMS["fp32"]).items():
         digests.update(name, tensor)
-    assert (
-        len({digests.content(4), digests.content(4, b"a"), digests.content(4, b"a", b"b"), digests.content(4, b"ab")})
-        == 4
-    )
+    contexts = ([], [b"a"], [b"a", b"b"], [b"ab"])
+    assert len({digests.content(4, *context) for context in contexts}) == 4
