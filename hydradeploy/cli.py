@@ -683,7 +683,7 @@ def _show_verified(verified: Verified) -> None:
                 o.artifact,
                 o.backend,
                 f"{o.max_difference:.1e}",
-                f"{o.tolerance:.0e}",
+                f"{o.tolerance:.2g}",
                 f"{o.cosine:.4f}",
                 show_percent(o.top1_agreement, 0),
             )

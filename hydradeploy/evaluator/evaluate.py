@@ -74,7 +74,8 @@ def evaluate(
     rows: dict[AccuracyRow, Outcomes] = {}
     failed: list[str] = []
     for alike in _groups(wanted.found):
-        name = f"evaluating on {dataset.name}, {alike[0].runner.name}, {alike[0].compute_type}"
+        way = alike[0]
+        name = f"evaluating {way.artifact.precision} on {dataset.name} with {way.runner.name} in {way.compute_type}"
         outcomes, digest = _outcomes(shown, alike, partial(report, name), failed)
         rows |= {_measured(way, dataset, digest, found): found for way, found in outcomes}
     for line in failed:

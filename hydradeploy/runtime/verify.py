@@ -87,7 +87,7 @@ def _reproduced(bundle: Bundle, way: Way, golden: Golden) -> Reproduced:
     if not found.within or found.cosine < parity.least_cosine:
         raise ParityError(
             f"{artifact.name} gives other logits here than when it was exported: largest difference "
-            f"{found.max_difference:.2e} of the largest |logit| ({found.tolerance:.0e} allowed), smallest cosine "
+            f"{found.max_difference:.2e} of the largest |logit| ({found.tolerance:.2g} allowed), smallest cosine "
             f"{found.cosine:.4f} ({parity.least_cosine} asked), {found.overturned} of {found.samples} clear decisions "
             f"overturned",
             hint=f"the files are whole, so look at {runner.name} on this machine",
