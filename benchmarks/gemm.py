@@ -24,7 +24,7 @@ Call = Callable[[], object]
 Kind = Literal["linear", "patches", "attention"]
 
 ENGINES = ("onnxruntime", "torch")
-LEAST_CALLS = 3
+LEAST_CALLS = 1
 
 
 class Product(NamedTuple):

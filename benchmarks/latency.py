@@ -7,11 +7,11 @@ and the plain ViT that the subnet is; ours in every precision on every backend f
 has that text in its name, and the two that ratios are against. Rows go to one CSV, where they replace those of the same
 machine, stack, k, batch and name.
 
-Each round starts a fresh process per thing. They open one after the other (which is first changes from round to round),
-then run in turns; who waits is stopped. What does not compute torch eager's logits ends the benchmark. Ratios are of
+Each thing has a process of its own, a fresh one every five rounds. They open one after the other (which is first
+changes), then run in turns; who waits is stopped. What does not compute torch eager's logits ends the benchmark. Ratios are of
 times, below 1 is faster: the median over rounds of each round's median over its turns, with a 95 % bootstrap interval
-over rounds. `load_s` is the time to open without imports; torch.compile opens with its first call, from the second
-round on with what it cached. `gmac_s` counts what each computes: ours has the class token alone in most of the last
+over rounds. `load_s` is the time to open without imports; torch.compile opens with its first call, after the first
+process with what it cached. `gmac_s` counts what each computes: ours has the class token alone in most of the last
 block. `peak_share` is that by `peak_gmac_s`, which the same products reach alone, in fp32 or in int8 (gemm.py), in the
 same rounds.
 """
@@ -36,6 +36,7 @@ from things import EAGER, EXPORTED, Files, Thing
 from hydradeploy.spec import Subnet, parse_heads
 
 TURNS = 2
+ROUNDS_OF_A_PROCESS = 5
 # For each turn of a thing, and for each product.
 TURN_S, PRODUCT_S = 0.5, 0.05
 # Between logits and those of torch eager; export asks for 0.99 on its samples.
@@ -69,16 +70,22 @@ class Cell:
     def products(self, kind: str) -> list[gemm.Product]:
         return gemm.computed_in(kind, gemm.products(self.subnet, self.batch))
 
-    def round(self, number: int) -> Round:
-        done, first = Round(), number % len(self.things)
-        with ExitStack() as kept:
-            workers = self._opened(self.things[first:] + self.things[:first], kept, done)
-            for turn in range(TURNS):
-                order = list(workers) if turn % 2 == 0 else list(workers)[::-1]
-                for name in order:
-                    done.turns.setdefault(name, []).append(workers[name].ask(TURN_S))
-                if turn == 0:
-                    done.products = self._products()
+    def rounds(self, count: int) -> Iterator[Round]:
+        for sitting, start in enumerate(range(0, count, ROUNDS_OF_A_PROCESS)):
+            first = sitting % len(self.things)
+            with ExitStack() as kept:
+                opened = Round()
+                workers = self._opened(self.things[first:] + self.things[:first], kept, opened)
+                for _ in range(start, min(start + ROUNDS_OF_A_PROCESS, count)):
+                    yield self._round(workers, opened.load_s)
+
+    def _round(self, workers: Mapping[str, Worker], load_s: dict[str, float]) -> Round:
+        done = Round(load_s)
+        for turn in range(TURNS):
+            for name in list(workers) if turn % 2 == 0 else list(workers)[::-1]:
+                done.turns.setdefault(name, []).append(workers[name].ask(TURN_S))
+            if turn == 0:
+                done.products = self._products()
         return done
 
     def _opened(self, order: Sequence[Thing], kept: ExitStack, done: Round) -> dict[str, Worker]:
@@ -225,10 +232,10 @@ def main() -> None:
                 found = [*things.peers(files, subnet, batch), *things.of_bundle(bundle, subnet, batch)]
                 chosen = [thing for thing in found if options.only in thing.name or thing.name in (EXPORTED, EAGER)]
                 cell = Cell(subnet, batch, chosen, files.images(batch))
-                rounds = []
-                for number in range(options.rounds):
-                    rounds.append(cell.round(number))
-                    print(f"k = {k}, batch {batch}: round {number + 1} of {options.rounds}", file=sys.stderr)
+                rounds: list[Round] = []
+                for one in cell.rounds(options.rounds):
+                    rounds.append(one)
+                    print(f"k = {k}, batch {batch}: round {len(rounds)} of {options.rounds}", file=sys.stderr)
                 rows = list(rows_of(cell, rounds))
                 show(rows)
                 every = merged(read_csv(name, options.results), rows)
