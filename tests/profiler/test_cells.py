@@ -532,7 +532,7 @@ def test_an_error_after_good_rounds_keeps_their_samples_in_every_regime(shared_b
 
 def test_a_cell_that_never_worked_has_neither_figures_nor_flags(shared_bundle, tmp_path):
     def launch(request: Request, **_: Any) -> Measured:
-        if request.name == "h03-fp32":
+        if request.artifact == "h03-fp32":
             raise MissingError("h03-fp32: no answer within 600 s")
         return Launch()(request)
 
