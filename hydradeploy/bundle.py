@@ -173,9 +173,9 @@ class AccuracyRow(Record, frozen=True, kw_only=True):
     """How often an artifact was right. `sha256` is the artifact's: accuracy of other weights is no accuracy of these.
 
     `backend`, `compute_type`, `instruction_set` and the artifact's `input` are what rounding depends on; they and
-    `data_sha256` are None where the figure is declared, not measured. `lower` and `upper` are a 95 % Wilson interval. `right` has a bit per image,
-    the first image the highest bit of the first byte: whether it was right. `outcomes` names the row's arrays in
-    evaluation.npz.
+    `data_sha256` are None where the figure is declared, not measured. `lower` and `upper` are a 95 % Wilson interval.
+    `right` has a bit per image, the first image the highest bit of the first byte: whether it was right. `outcomes`
+    names the row's arrays in evaluation.npz.
     """
 
     artifact: str
