@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 OLDEST = ROOT / ".venv-device" / "bin" / "python"
 
 WALL = """
-import importlib.abc, sys
+import importlib.abc, importlib.util, sys
 BANNED = {"torch", "onnx", "safetensors", "sklearn", "matplotlib", "openvino", "tensorrt_rtx"}
 
 class Wall(importlib.abc.MetaPathFinder):
@@ -31,6 +31,9 @@ class Wall(importlib.abc.MetaPathFinder):
         return None
 
 sys.meta_path.insert(0, Wall())
+# Of a package that is not there it says None and raises nothing.
+there = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in BANNED else there(name, *rest)
 """
 START = """
 sys.argv = ["hydradeploy", *sys.argv[1:]]

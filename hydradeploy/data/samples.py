@@ -14,7 +14,6 @@ from hydradeploy.data.preprocess import load_image
 from hydradeploy.errors import InputError, UsageError
 from hydradeploy.spec import Spec
 
-
 _SYNTHETIC = "synthetic"
 
 
