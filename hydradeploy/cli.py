@@ -241,7 +241,7 @@ def export(
         str, typer.Option(metavar="float32|uint8", help="Normalised images (b, c, s, s), or pixels (b, s, s, c).")
     ] = "float32",
     calibration: Annotated[
-        str, typer.Option(metavar="minmax|percentile|entropy", help="How static int8 finds its ranges.")
+        str, typer.Option(help="How static int8 finds its ranges: minmax, percentile or entropy.")
     ] = "minmax",
     calibration_images: Annotated[int, typer.Option(help="To find them with.", min=1)] = 64,
     max_drop: Annotated[
