@@ -82,7 +82,7 @@ def _check(name: str, found: Agreement, precision: Precision) -> None:
         return
     raise ParityError(
         f"{name} does not compute what the supernet computes: largest logit difference "
-        f"{found.max_difference:.2e} of the largest |logit| ({precision.tolerance:.0e} allowed), smallest cosine "
+        f"{found.max_difference:.2e} of the largest |logit| ({precision.tolerance:g} allowed), smallest cosine "
         f"{found.cosine:.4f} ({LEAST_COSINE} asked), top-1 equal on {found.top1_agreement:.1%} of "
         f"{found.samples} samples",
         hint="no bundle was written; where the weights overflow a narrow type, export them in fp32",
