@@ -74,7 +74,7 @@ def remark_lines(cells: Sequence[Cell]) -> Iterator[str]:
 
 def missing_lines(cells: Sequence[Cell]) -> Iterator[str]:
     """Why a figure is not there, once, and of which cells where it is not all."""
-    found = [(f"{name} not measured: {why}", cell) for cell in cells for name, why in cell.missing.items()]
+    found = [(_told(name, why, cell), cell) for cell in cells for name, why in cell.missing.items()]
     for cell in cells:
         if cell.error is None:
             bound = bounds_of(cell, 0.95, CONFIDENCE)
@@ -83,6 +83,12 @@ def missing_lines(cells: Sequence[Cell]) -> Iterator[str]:
             elif bound.assumes is not None:
                 found.append((f"the bound of p95 takes {bound.assumes} for granted, samples are worth too few", cell))
     yield from _grouped(found, cells)
+
+
+def _told(name: str, why: str, cell: Cell) -> str:
+    # A remark can stand beside a figure: memory that is of the whole GPU.
+    there = name == "memory" and cell.memory_bytes is not None
+    return f"{name}: {why}" if there else f"{name} not measured: {why}"
 
 
 def label(cell: Cell, among: Sequence[Cell]) -> str:
