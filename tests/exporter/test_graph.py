@@ -331,7 +331,7 @@ def saturating(tensors) -> None:
 
 
 def test_the_largest_bytes_and_weights_saturate_no_sum_on_this_processor(tmp_path):
-    """127 levels would be wrong by 40 % on a processor with AVX2 alone, which adds pairs of products in 16 bits."""
+    """With 127 levels they are off by half on a processor with AVX2 alone, which adds pairs of products in 16 bits."""
     file = changed(tmp_path / "s", saturating)
     bundle = export(file, tmp_path / "b", precisions=("int8dyn", "int8"), data=write_images(tmp_path / "images.npz"))
     for artifact in bundle.manifest.artifacts:
