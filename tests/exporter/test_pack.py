@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
+import onnx
 import pytest
 
 from hydradeploy import export, open_bundle, pack, run, verify
 from hydradeploy.bundle import MANIFEST
 from hydradeploy.errors import IntegrityError
+from hydradeploy.exporter.weights import block, map_weights
+from hydradeploy.stored import stored
 from tests.conftest import Cli
 
 
@@ -31,11 +35,56 @@ def test_a_pack_has_the_announced_size_and_is_the_same_artifact(shared_bundle, t
     assert artifact.parity == source.parity
 
 
-def test_sizes_grow_with_heads_and_halve_with_half_precision(shared_bundle):
+def test_a_pack_of_every_precision_and_input_holds_its_own_tensors_alone_and_answers_the_same(everything, tmp_path):
+    for source in everything.manifest.artifacts:
+        out = tmp_path / source.name
+        packed = pack(everything.path, source.name, out)
+        assert size(out) == source.size_bytes
+        opened = open_bundle(out)
+        (artifact,) = opened.manifest.artifacts
+        assert artifact.weights == packed.artifact.weights == f"{source.name}.weights"
+        assert msgspec.structs.replace(artifact, weights=source.weights) == source
+        wanted = stored(opened.subnet(artifact), opened.form(artifact))
+        table = opened.manifest.weights[artifact.weights]
+        assert {name: (there.dtype, there.shape) for name, there in table.items()} == wanted
+        assert np.array_equal(opened.golden().logits[source.name], everything.golden().logits[source.name])
+        (reproduced,) = verify(out).outputs
+        assert reproduced.max_difference <= 1e-5, source.name
+
+
+def test_a_packed_graph_needs_no_slice_and_reads_the_same_values(everything, tmp_path):
+    """Values by the stored tables: the leading blocks of the bundle's are all of the pack's."""
+    for name in ("h03-int8", "h03-bf16", "h04-fp32-uint8"):
+        packed = pack(everything.path, name, tmp_path / name)
+        opened, weights = open_bundle(tmp_path / name), packed.artifact.weights
+        own = map_weights(opened.path / weights, opened.manifest.weights[weights])
+        shared = everything.artifact(name).weights
+        whole = map_weights(everything.path / shared, everything.manifest.weights[shared])
+        assert all(np.array_equal(tensor, block(whole[key], tensor.shape)) for key, tensor in own.items())
+        for graph in packed.artifact.graphs.values():
+            nodes = onnx.load(str(opened.path / graph), load_external_data=False).graph.node
+            assert "Slice" not in {node.op_type for node in nodes}
+
+
+def test_sizes_grow_with_heads_and_shrink_with_precision(shared_bundle, everything):
     sizes = {a.name: a.size_bytes for a in open_bundle(shared_bundle).manifest.artifacts}
     in_order = [sizes[f"h{k:02d}-fp32"] for k in range(2, 7)]
     assert in_order == sorted(set(in_order))
     assert all(sizes[f"h{k:02d}-fp16"] < sizes[f"h{k:02d}-fp32"] for k in range(2, 7))
+    sizes = {a.name: a.size_bytes for a in everything.manifest.artifacts}
+    assert all(sizes[f"h06-{name}"] < sizes["h06-fp32"] for name in ("fp16", "bf16", "int8dyn", "int8"))
+
+
+@pytest.mark.slow
+def test_ten_int8_artifacts_of_a_deit_b_take_a_quarter_of_its_file(deit_b_everything, deit_b_file):
+    supernet = deit_b_file.stat().st_size
+    names = [path for path in deit_b_everything.path.iterdir() if "int8." in path.name]
+    assert len(names) == 21
+    assert sum(path.stat().st_size for path in names) <= 0.27 * supernet
+    for artifact in deit_b_everything.manifest.artifacts:
+        if artifact.precision == "int8":
+            twin = deit_b_everything.artifact(f"h{artifact.heads:02d}-fp32")
+            assert artifact.size_bytes <= 0.3 * twin.size_bytes
 
 
 @pytest.mark.parametrize("options", [{}, {"standalone": True}, {"batch": 3}, {"batch": "dynamic"}])
