@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydradeploy.bundle import MANIFEST, STAMP, Manifest, open_bundle, read_manifest
+from hydradeploy.bundle import MANIFEST, STAMP, Manifest, form_of, open_bundle, read_manifest
 from hydradeploy.errors import IntegrityError, UsageError
 from hydradeploy.files import sha256_bytes
+from hydradeploy.stored import ITEM_BYTES, layers, stored
 from tests.conftest import Cli
 
 FILES = ("supernet-fp32.weights", "h03-fp32.onnx", "h03-fp32.trt.onnx", "golden.npz", MANIFEST)
@@ -169,6 +171,10 @@ def test_opening_for_the_manifest_alone_reads_nothing_else(bundle):
         (lambda m: m["artifacts"][1].update(heads="3"), r"\$.artifacts\[1\].heads"),
         (lambda m: m["artifacts"][0]["parity"].update(samples=1.5), r"\$.artifacts\[0\].parity.samples"),
         (lambda m: m["artifacts"][0].pop("macs"), "macs"),
+        (lambda m: m["artifacts"][0].update(input="uint16"), r"\$.artifacts\[0\].input"),
+        (lambda m: m["artifacts"][0].update(dtype="int4"), r"\$.artifacts\[0\].dtype"),
+        (lambda m: m["artifacts"][0].update(quantisation={"kept": ["head"]}), r"\$.artifacts\[0\].quantisation"),
+        (lambda m: m["artifacts"][0]["parity"].pop("cosine"), "cosine"),
         (lambda m: m["files"]["golden.npz"].update(size_bytes=True), r"\$.files\[...\].size_bytes"),
         (lambda m: m["spec"]["geometry"].update(image_size=33), "image_size 33"),
         (lambda m: m["spec"]["preprocessing"].update(interpolation="area"), "interpolation"),
@@ -231,6 +237,42 @@ def test_no_bundle_is_a_usage_error_with_a_hint(tmp_path, cli: Cli):
     assert ran.code == 2
     assert "no bundle here" in ran.err
     assert "hydradeploy export" in ran.err
+
+
+def test_the_form_of_an_artifact_says_which_layers_are_int8(everything):
+    shape = everything.spec.geometry
+    expected = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8dyn": "float32", "int8": "float32"}
+    for artifact in everything.manifest.artifacts:
+        form = everything.form(artifact)
+        assert (form.dtype, form.input) == (expected[artifact.precision], artifact.input)
+        assert form.int8 == (layers(shape) if artifact.precision.startswith("int8") else ())
+    artifact = everything.artifact("h04-int8")
+    keeping = msgspec.structs.replace(artifact.quantisation, kept=("head", "blocks.0.mlp.fc2"))
+    form = form_of(everything.spec, msgspec.structs.replace(artifact, quantisation=keeping))
+    assert form.int8 == tuple(layer for layer in layers(shape) if layer not in keeping.kept)
+
+
+def test_an_artifact_reads_its_prefix_of_each_tensor_and_no_other(everything):
+    for artifact in everything.manifest.artifacts:
+        table = everything.manifest.weights[artifact.weights]
+        end = {there.offset: name for name, there in table.items()}
+        read = {end[extent.offset]: extent.length for extent in everything.extents(artifact)}
+        wanted = stored(everything.subnet(artifact), everything.form(artifact))
+        assert read.keys() == wanted.keys()
+        for name, length in read.items():
+            own = math.prod(wanted[name].shape) * ITEM_BYTES[wanted[name].dtype]
+            assert own <= length <= math.prod(table[name].shape) * ITEM_BYTES[table[name].dtype]
+        if artifact.heads == 6:
+            assert sum(read.values()) == sum(
+                math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype] for tensor in wanted.values()
+            )
+
+
+def test_a_table_without_a_tensor_that_an_artifact_reads_is_named(bundle):
+    edit(bundle, lambda m: m["weights"]["supernet-fp32.weights"].pop("blocks.1.attn.k.weight"))
+    opened = open_bundle(bundle)
+    with pytest.raises(IntegrityError, match=r"supernet-fp32\.weights has no tensor blocks\.1\.attn\.k\.weight"):
+        opened.extents(opened.artifact("h02-fp32"))
 
 
 def test_an_unknown_artifact_names_those_there_are(shared_bundle):
