@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from hydradeploy import open_bundle
+from hydradeploy.backends import PRECISION_NAMES
 from tests.conftest import geometry, require, supernet
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +82,20 @@ def test_the_readme_runs_from_top_to_bottom(workplace, capsys):
     assert "h06-fp32" in capsys.readouterr().out
 
 
+def test_the_guide_to_precisions_runs_from_top_to_bottom(workplace):
+    """As it stands, each command in the directory that the one before it left."""
+    found = commands(ROOT / "docs" / "exporting.md")
+    assert len(found) >= 5
+    for command in found:
+        ran = subprocess.run([sys.executable, "-m", *shlex.split(command)], capture_output=True, text=True)
+        assert ran.returncode == 0, f"{command}\n{ran.stderr}"
+    artifacts = open_bundle(workplace / "bundle").manifest.artifacts
+    assert {artifact.precision for artifact in artifacts} == set(PRECISION_NAMES)
+    assert {artifact.name for artifact in artifacts} >= {"h06-fp16-uint8", "h12-int8"}
+
+
 def test_other_pages_hold_no_command_that_nobody_runs():
-    assert [page.name for page in PAGES if commands(page)] == ["README.md"]
+    assert [page.name for page in PAGES if commands(page)] == ["README.md", "exporting.md"]
 
 
 def test_the_command_reference_is_current():
@@ -103,7 +117,18 @@ def test_the_version_is_told_once_and_the_changelog_knows_what_is_next():
 def test_the_formats_page_names_every_field_on_disk():
     import msgspec
 
-    from hydradeploy.bundle import AccuracyFile, AccuracyRow, Artifact, FileRecord, Manifest, Parity, StoredTensor
+    from hydradeploy.bundle import (
+        AccuracyFile,
+        AccuracyRow,
+        Artifact,
+        Calibration,
+        Drop,
+        FileRecord,
+        Manifest,
+        Parity,
+        Quantisation,
+        StoredTensor,
+    )
     from hydradeploy.measurements import Cell, Conditions, Device, Profile
     from hydradeploy.spec import Geometry, Preprocessing, Spec
 
@@ -113,15 +138,18 @@ def test_the_formats_page_names_every_field_on_disk():
         AccuracyFile: text,
         AccuracyRow: text,
         Artifact: text,
+        Calibration: text,
         Cell: profiles,
         Conditions: profiles,
         Device: profiles,
+        Drop: text,
         FileRecord: text,
         Geometry: text,
         Manifest: text,
         Parity: text,
         Preprocessing: text,
         Profile: profiles,
+        Quantisation: text,
         Spec: text,
         StoredTensor: text,
     }
