@@ -11,9 +11,9 @@ Each thing has a process of its own, a fresh one every five rounds. They open on
 changes), then run in turns; who waits is stopped. What does not compute torch eager's logits ends the benchmark. Ratios
 are of times, below 1 is faster: the median over rounds of each round's median over its turns, with a 95 % bootstrap
 interval over rounds. `load_s` is the time to open without imports; torch.compile opens with its first call, after the
-first process with what it cached. `gmac_s` counts what each computes: ours has the class token alone in most of the last
-block. `peak_share` is that by `peak_gmac_s`, which the same products reach alone, in fp32 or in int8 (gemm.py), in the
-same rounds.
+first process with what it cached. `gmac_s` counts what each computes: ours has the class token alone in most of the
+last block. `peak_share` is that by `peak_gmac_s`, which the same products reach alone, in fp32 or in int8 (gemm.py), in
+the same rounds.
 """
 
 from __future__ import annotations
