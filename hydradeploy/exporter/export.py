@@ -41,7 +41,7 @@ from hydradeploy.exporter.jobs import Job, job_of
 from hydradeploy.exporter.pack import packed_bytes
 from hydradeploy.exporter.precision import PRECISIONS, precision
 from hydradeploy.exporter.quantise import Quantising, quantised
-from hydradeploy.exporter.source import Source
+from hydradeploy.exporter.source import source_of
 from hydradeploy.exporter.weights import Array, HeadDigests, block, layout, write_weights
 from hydradeploy.exporter.widened import widened
 from hydradeploy.files import locked, sha256_file, staged
@@ -288,12 +288,6 @@ class _Export:
             size_bytes=0,
             parity=checked,
         )
-
-
-def source_of(weights: Weights) -> Source:
-    """A supernet's weights in stored form."""
-    arrays = {name: tensor.numpy() for name, tensor in weights.tensors.items()}
-    return Source(arrays, weights.spec.geometry, weights.spec.preprocessing)
 
 
 def _existing(path: Path, supernet_sha256: str, *, force: bool) -> Bundle | None:

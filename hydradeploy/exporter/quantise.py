@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,7 +21,7 @@ from hydradeploy.exporter.calibration import METHODS, calibrate
 from hydradeploy.exporter.jobs import Job
 from hydradeploy.exporter.precision import precision
 from hydradeploy.exporter.sensitivity import ranking
-from hydradeploy.exporter.source import Source
+from hydradeploy.exporter.source import source_of
 from hydradeploy.exporter.weights import Array, block
 from hydradeploy.stored import layers, stored
 from hydradeploy.supernet.store import Weights
@@ -130,8 +131,7 @@ class _Judge:
     def __init__(self, weights: Weights, labelled: _Labelled, runner: Backend, report: Report) -> None:
         self.weights, self.labelled, self.report = weights, labelled, report
         self._runner = runner
-        arrays = {name: tensor.numpy() for name, tensor in weights.tensors.items()}
-        self._source = Source(arrays, weights.spec.geometry, weights.spec.preprocessing)
+        self._source = source_of(weights)
         self._tensors: dict[str, Array] = {}
         self._twins: dict[int, float] = {}
 
@@ -149,11 +149,7 @@ class _Judge:
                 fp32_top1=self._twins[job.heads],
                 limit=limit,
             )
-            judged.append(
-                job.with_quantisation(
-                    Quantisation(kept=_quantisation(job).kept, calibration=_quantisation(job).calibration, drop=drop)
-                )
-            )
+            judged.append(job.with_quantisation(msgspec.structs.replace(_quantisation(job), drop=drop)))
         return judged
 
     def _top1(self, job: Job) -> float:
@@ -233,8 +229,7 @@ def _fewest(
 
 
 def _keeping(job: Job, kept: Sequence[str]) -> Job:
-    found = _quantisation(job)
-    return job.with_quantisation(Quantisation(kept=tuple(sorted(kept)), calibration=found.calibration, drop=None))
+    return job.with_quantisation(msgspec.structs.replace(_quantisation(job), kept=tuple(sorted(kept)), drop=None))
 
 
 def _quantisation(job: Job) -> Quantisation:

@@ -12,6 +12,7 @@ from hydradeploy.errors import InputError
 from hydradeploy.exporter.weights import numpy_type
 from hydradeploy.spec import Geometry, Preprocessing, three
 from hydradeploy.stored import Dtype
+from hydradeploy.supernet.store import Weights
 
 Array = NDArray[Any]
 
@@ -76,6 +77,12 @@ class Source:
             return np.asarray((scaled * (256 / 255)).transpose(2, 3, 1, 0).reshape(-1, len(weight)), np.float32)
         shift = (scaled * (mean - 128 / 255)[:, None, None]).sum((1, 2, 3))
         return np.asarray(positions[:, 1:] + (bias - shift), np.float32)
+
+
+def source_of(weights: Weights) -> Source:
+    """A supernet's weights in stored form."""
+    arrays = {name: tensor.numpy() for name, tensor in weights.tensors.items()}
+    return Source(arrays, weights.spec.geometry, weights.spec.preprocessing)
 
 
 def convert(name: str, tensor: Array, dtype: Dtype) -> Array:
