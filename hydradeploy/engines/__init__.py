@@ -1,0 +1,1 @@
+"""TensorRT engines: building, keeping and finding them; needs neither torch nor onnx."""
