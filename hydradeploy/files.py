@@ -136,6 +136,14 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """Another name for a file that is never changed in place; a copy where the file system has no such."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def recover(target: Path) -> None:
     """Finish an exchange by two renames that a kill cut in half: put the old directory back if the new is not there."""
     old = _beside(target, "old")

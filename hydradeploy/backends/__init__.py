@@ -51,7 +51,8 @@ class Model:
     (batch, classes) float32 out.
 
     `graph` is None for a backend without a dialect, `weights` where graphs carry their own. `extents` are the parts of
-    a shared weights file that it reads, for `read_ahead`.
+    a shared weights file that it reads, for `read_ahead`. `sha256` and `graph_sha256` are the artifact's, under which an
+    engine of it is kept.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Model:
     input: Input = "float32"
     precision: str = "fp32"
     weights: Weights | None = None
+    sha256: str | None = None
+    graph_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,13 @@ def model_of(bundle: Bundle, artifact: Artifact, dialect: Dialect | None) -> Mod
             bundle.subnet(artifact),
             bundle.form(artifact),
         )
-    return replace(opened, extents=bundle.extents(artifact), weights=weights)
+    return replace(
+        opened,
+        extents=bundle.extents(artifact),
+        weights=weights,
+        sha256=artifact.sha256,
+        graph_sha256=artifact.graph_sha256,
+    )
 
 
 def model(

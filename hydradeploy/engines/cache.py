@@ -23,7 +23,7 @@ import msgspec
 
 from hydradeploy.bundle import FileRecord, write_file
 from hydradeploy.errors import IntegrityError, environment
-from hydradeploy.files import inside, locked, sha256_bytes, staged, write_atomically
+from hydradeploy.files import inside, link_or_copy, locked, sha256_bytes, staged, write_atomically
 from hydradeploy.spec import Record, decode
 
 SCHEMA = 1
@@ -253,15 +253,7 @@ def carry_over(old: Path, new: Path, artifacts: Collection[str]) -> None:
     new.mkdir()
     for name in wanted:
         with suppress(FileNotFoundError):
-            shutil.copytree(old / name, new / name, copy_function=_link)
+            shutil.copytree(old / name, new / name, copy_function=link_or_copy)
     for name in timings:
         with suppress(FileNotFoundError):
-            _link(str(old / name), str(new / name))
-
-
-def _link(source: str, target: str) -> None:
-    """Engines are large, and replaced but never changed in place."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+            link_or_copy(str(old / name), str(new / name))

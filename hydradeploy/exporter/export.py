@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +33,8 @@ from hydradeploy.bundle import (
     write_file,
 )
 from hydradeploy.data import samples
+from hydradeploy.engines import cache as engines
+from hydradeploy.engines.cache import ENGINES
 from hydradeploy.errors import IntegrityError, UsageError
 from hydradeploy.exporter import graph as graphs
 from hydradeploy.exporter import lower, parity
@@ -44,7 +45,7 @@ from hydradeploy.exporter.quantise import Quantising, quantised
 from hydradeploy.exporter.source import source_of
 from hydradeploy.exporter.weights import Array, HeadDigests, block, layout, write_weights
 from hydradeploy.exporter.widened import widened
-from hydradeploy.files import locked, sha256_file, staged
+from hydradeploy.files import link_or_copy, locked, sha256_file, staged
 from hydradeploy.spec import Geometry
 from hydradeploy.stored import Form, Input, Tensor, stored
 from hydradeploy.supernet.store import Weights, load
@@ -98,7 +99,7 @@ def export(
         run = _Export(weights, _merged(there, jobs), used, there, runner, report)
         with staged(bundle) as stage:
             manifest = run.write(stage, supernet_sha256)
-            _carry_over(bundle, stage)
+            _carry_over(bundle, stage, manifest)
     return Bundle(bundle, manifest)
 
 
@@ -325,8 +326,9 @@ def _samples_of(there: Bundle | None) -> samples.Samples | None:
     return samples.Samples(there.golden().images, there.manifest.samples) if there is not None else None
 
 
-def _carry_over(bundle: Path, stage: Path) -> None:
-    """Take along what others keep in the bundle: accuracy, engines, notes. What export writes is written anew."""
+def _carry_over(bundle: Path, stage: Path, manifest: Manifest) -> None:
+    """Take along what others keep in the bundle: accuracy, engines of what is still in it, notes. What export writes is
+    written anew."""
     if not bundle.is_dir():
         return
     ours = _own_files(bundle)
@@ -336,8 +338,10 @@ def _carry_over(bundle: Path, stage: Path) -> None:
             continue
         if entry.is_symlink() or entry.is_file():
             shutil.copy2(entry, target, follow_symlinks=False)
+        elif entry.name == ENGINES:
+            engines.carry_over(entry, target, {artifact.sha256 for artifact in manifest.artifacts})
         elif entry.is_dir():
-            shutil.copytree(entry, target, symlinks=True, copy_function=_link)
+            shutil.copytree(entry, target, symlinks=True, copy_function=link_or_copy)
 
 
 def _own_files(bundle: Path) -> set[str]:
@@ -347,14 +351,6 @@ def _own_files(bundle: Path) -> set[str]:
     except IntegrityError:
         written = {entry.name for entry in bundle.iterdir() if entry.suffix in (".onnx", ".weights")}
     return written | {MANIFEST, GOLDEN, STAMP}
-
-
-def _link(source: str, target: str) -> None:
-    """Compiled engines are large and never changed in place."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _tools() -> dict[str, str]:

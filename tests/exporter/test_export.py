@@ -24,6 +24,7 @@ from hydradeploy import export, open_bundle
 from hydradeploy.backends import BACKEND_MODULES, PRECISION_NAMES
 from hydradeploy.bundle import MANIFEST
 from hydradeploy.data.preprocess import normalise
+from hydradeploy.engines.cache import Cache, Key
 from hydradeploy.errors import EnvironmentFailed, IntegrityError, ParityError, UsageError
 from hydradeploy.supernet.store import load
 from tests.conftest import Cli, geometry, missing, write_images, write_supernet
@@ -172,11 +173,35 @@ def test_others_files_in_the_bundle_are_carried_over(supernet_file, tmp_path):
     bundle = tmp_path / "bundle"
     export(supernet_file, bundle, heads=(2,))
     (bundle / "accuracy.json").write_text("{}")
-    (bundle / "engines" / "orin").mkdir(parents=True)
-    (bundle / "engines" / "orin" / "plan").write_text("compiled")
+    (bundle / "notes").mkdir()
+    (bundle / "notes" / "of.txt").write_text("mine")
     export(supernet_file, bundle, heads=(3,))
     assert (bundle / "accuracy.json").read_text() == "{}"
-    assert (bundle / "engines" / "orin" / "plan").read_text() == "compiled"
+    assert (bundle / "notes" / "of.txt").read_text() == "mine"
+
+
+def test_engines_stay_as_long_as_their_artifact_does_and_are_nothing_of_the_bundle(supernet_file, tmp_path, cli):
+    bundle = tmp_path / "bundle"
+    before = export(supernet_file, bundle, heads=(2, 3))
+    two, three = (engine_of(artifact) for artifact in before.manifest.artifacts)
+    cache = Cache(bundle / "engines")
+    for key in (two, three):
+        cache.store(key, b"plan", artifact="as it was")
+    assert cli("verify", "--bundle", bundle).code == 0
+    assert open_bundle(bundle, "always").manifest == before.manifest
+    export(supernet_file, bundle, heads=(4,))
+    assert [cache.find(key) for key in (two, three)] == [b"plan", b"plan"], "added to"
+    export(supernet_file, bundle, heads=(3,), batch=2)
+    assert [cache.find(key) for key in (two, three)] == [b"plan", None], "replaced"
+    other = write_supernet(tmp_path / "other.safetensors", seed=1)
+    export(other, bundle, heads=(2,), force=True)
+    assert not (bundle / "engines").exists()
+    assert cli("pack", "h02-fp32", "--bundle", bundle, "--out", tmp_path / "pack").code == 0
+    assert not (tmp_path / "pack" / "engines").exists()
+
+
+def engine_of(artifact) -> Key:
+    return Key(kind="tensorrt", graph_sha256=artifact.graph_sha256, sha256=artifact.sha256, version="10.3.0")
 
 
 @pytest.mark.parametrize("input", ["float32", "uint8"])
