@@ -249,6 +249,15 @@ def export(
         typer.Option(help="Top-1 that int8 may cost on --data, 0.5pp; layers that hurt are kept in float."),
     ] = None,
     standalone: Annotated[bool, typer.Option("--standalone", help="Graphs that carry their own weights.")] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tensorrt|tensorrt-rtx", help="Build engines too: for the GPU here, or with -rtx ahead of time."
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="GPUs to build for ahead of time: sm86,sm89. Default: what tensorrt-rtx chooses.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -260,6 +269,8 @@ def export(
     wanted = None if heads is None else parse_heads(heads)
     if input not in ("float32", "uint8"):
         raise UsageError(f"--input {input!r} is not possible", hint="float32 or uint8")
+    if target is not None and engine is None:
+        raise UsageError("--target without --engine", hint="--engine tensorrt-rtx")
     with _extra("export"):
         from hydradeploy.exporter.export import export as call
         from hydradeploy.exporter.quantise import Quantising
@@ -281,8 +292,11 @@ def export(
             standalone=standalone,
             data=data,
             quantising=quantising,
+            engine=engine,
+            targets=_names(target) or (),
             force=force,
             report=report,
+            say=report.say,
         )
     manifest = written.manifest
     if as_json:
@@ -408,6 +422,7 @@ def profile(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be measured and how long.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut short.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Begin anew where a run was cut short.")] = False,
+    no_build: Annotated[bool, typer.Option("--no-build", help="Fail where an engine is missing.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 6 where a measurement is not clean.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -447,6 +462,7 @@ def profile(
             lock_clocks=lock_clocks,
             resume=resume,
             force=force,
+            build=not no_build,
             report=report,
             say=report.say,
         )

@@ -51,8 +51,8 @@ class Model:
     (batch, classes) float32 out.
 
     `graph` is None for a backend without a dialect, `weights` where graphs carry their own. `extents` are the parts of
-    a shared weights file that it reads, for `read_ahead`. `sha256` and `graph_sha256` are the artifact's, under which an
-    engine of it is kept.
+    a shared weights file that it reads, for `read_ahead`. `sha256` and `graph_sha256` are the artifact's: engines are
+    kept under them.
     """
 
     name: str

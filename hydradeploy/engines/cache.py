@@ -146,6 +146,8 @@ class Cache:
         if place.is_symlink() or place.is_file():  # would be followed, or be in the way
             with environment(f"removing {place}"):
                 place.unlink()
+        with environment(f"writing into {self.root}"):
+            self.root.mkdir(parents=True, exist_ok=True)  # an export may have replaced the bundle since it was locked
         with staged(place) as stage:
             record = EngineRecord(
                 schema=SCHEMA, artifact=artifact, key=key, plan=write_file(stage / PLAN, plan), warnings=warnings

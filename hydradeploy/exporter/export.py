@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,8 +34,10 @@ from hydradeploy.bundle import (
 )
 from hydradeploy.data import samples
 from hydradeploy.engines import cache as engines
+from hydradeploy.engines.building import build_missing
 from hydradeploy.engines.cache import ENGINES
-from hydradeploy.errors import IntegrityError, UsageError
+from hydradeploy.engines.plans import EngineOptions, check_can_build
+from hydradeploy.errors import IntegrityError, MissingError, UsageError
 from hydradeploy.exporter import graph as graphs
 from hydradeploy.exporter import lower, parity
 from hydradeploy.exporter.jobs import Job, job_of
@@ -66,19 +68,26 @@ def export(
     standalone: bool = False,
     data: str | Path | None = None,
     quantising: Quantising | None = None,
+    engine: str | None = None,
+    targets: Sequence[str] = (),
     force: bool = False,
     report: Report = lambda what, done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Bundle:
     """Write artifacts of `supernet` into the directory `bundle`, all trained head counts by default.
 
     Artifacts already there stay, or are replaced if they have the same name. `input` uint8 takes pixels (b, s, s,
     channels), with the normalisation in the weights. `data` are the images that graphs are compared on and int8 is
-    calibrated with. `report(what, done, total)` hears of progress. Raises UsageError (no such file, head count,
-    precision; int8 without data; the bundle is of another supernet and not `force`), InputError (weights or images
-    refused), ParityError (the graphs do not compute what the supernet computes, or int8 costs more accuracy than it
-    may; nothing is written), MissingError (no onnxruntime to run them), EnvironmentFailed (disk). Whatever happens,
-    what was in `bundle` is whole.
+    calibrated with. `engine` is tensorrt or tensorrt-rtx: engines of the artifacts are built too, for the GPU at hand
+    or ahead of time for `targets` (sm86). `report(what, done, total)` hears of progress. Raises UsageError (no such
+    file, head count, precision, target; int8 without data; the bundle is of another supernet and not `force`),
+    InputError (weights or images refused), ParityError (the graphs do not compute what the supernet computes, or int8
+    costs more accuracy than it may; nothing is written), MissingError (no onnxruntime to run them, nothing to build
+    engines with; an engine that cannot be built, when the bundle is written), EnvironmentFailed (disk). Whatever
+    happens, what was in `bundle` is whole.
     """
+    if engine is not None:
+        check_can_build(engine, targets)
     kinds = [precision(name) for name in precisions]
     if batch != "dynamic" and batch < 1:
         raise UsageError(f"batch {batch} is not possible", hint="--batch takes 1 or more, or dynamic")
@@ -100,7 +109,31 @@ def export(
         with staged(bundle) as stage:
             manifest = run.write(stage, supernet_sha256)
             _carry_over(bundle, stage, manifest)
-    return Bundle(bundle, manifest)
+    written = Bundle(bundle, manifest)
+    if engine is not None:
+        _build_engines(written, {job.name for job in jobs}, engine, EngineOptions(targets=tuple(targets)), report, say)
+    return written
+
+
+def _build_engines(
+    bundle: Bundle,
+    names: Collection[str],
+    kind: str,
+    options: EngineOptions,
+    report: Report,
+    say: Callable[[str], None],
+) -> None:
+    """Engines of the artifacts of those names; raises MissingError that tells of each that could not be built."""
+    artifacts = [artifact for artifact in bundle.manifest.artifacts if artifact.name in names]
+    found = build_missing(kind, bundle, artifacts, options, report=report, say=say)
+    if found.left_out:
+        say(f"no engine of {', '.join(found.left_out)}: there is no graph for TensorRT in this precision")
+    if found.failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.failed.items())
+        raise MissingError(
+            f"{len(found.failed)} of {len(artifacts)} engines could not be built, the bundle is: {reasons}"
+        )
+    say(f"engines of {kind}: {len(found.ready)} ready")
 
 
 class _Export:

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -15,6 +15,8 @@ from hydradeploy.backends import Backend, usable
 from hydradeploy.backends.ways import ALL, Ways, named, ways
 from hydradeploy.bundle import Artifact, Bundle, open_bundle
 from hydradeploy.devices import Machine, machine
+from hydradeploy.engines.building import build_missing
+from hydradeploy.engines.plans import KINDS, EngineOptions
 from hydradeploy.errors import InvalidError, MissingError, UsageError, environment
 from hydradeploy.measurements import Cell, Device, Profile, Stored, add_profile, place_of, read_profiles
 from hydradeploy.profiler import journal as journals
@@ -92,6 +94,7 @@ def profile(
     lock_clocks: bool = False,
     resume: bool = False,
     force: bool = False,
+    build: bool = True,
     report: Report = lambda what, done, total: None,
     say: Callable[[str], None] = lambda text: None,
     launch: Launch = spawn,
@@ -104,10 +107,11 @@ def profile(
     What a backend does not run is left out, unless its precision or compute type was asked for by name. A cell whose
     process fails keeps the reason and the others go on. What has been measured is in a journal beside the profile;
     `resume` goes on with it after whatever cut the run short, `force` begins anew. `lock_clocks` pins the clocks
-    meanwhile.
+    meanwhile. Engines that are missing are built first, unless not `build`.
 
     Raises UsageError (no bundle, nothing chosen, no such setting, a run that was cut short and neither `resume` nor
-    `force`), ForeignError (device or conditions have changed), IntegrityError (damaged bundle, profile or journal),
+    `force`), ForeignError (device or conditions have changed, only engines of another GPU
+    or version), IntegrityError (damaged bundle, profile or journal),
     MissingError (no backend, none that runs what was asked for, no such device, clocks that cannot be pinned, every
     cell failed), EnvironmentFailed (disk).
     """
@@ -116,6 +120,7 @@ def profile(
         profiles.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=profiles).close()  # what cannot be kept is not worth measuring
     known = read_profiles(profiles)  # nor what a damaged file would keep from being merged
+    setting = _with_engines(setting, EngineOptions(build=build), report, say)
     if watch is None:
         watch = _watching(setting.here.kind, lock_clocks) if here is None else lambda: nullcontext(Unwatched())
     with setting.inputs() as files, watch() as watcher:
@@ -218,6 +223,22 @@ def _setting(bundle: Path, order: Order, here: Machine | None) -> _Setting:
         settings=order.settings,
     )
     return _Setting(opened, found, here, sorted(set(order.threads or (here.cores(),))), preset)
+
+
+def _with_engines(setting: _Setting, options: EngineOptions, report: Report, say: Callable[[str], None]) -> _Setting:
+    """See to the engines before anything is timed, and leave out what none can be built of."""
+    ways = setting.ways
+    for kind in KINDS:
+        artifacts = {way.artifact.name: way.artifact for way in ways.found if way.runner.name == kind}
+        if not artifacts:
+            continue
+        failed = build_missing(kind, setting.bundle, list(artifacts.values()), options, report=report, say=say).failed
+        found = tuple(way for way in ways.found if way.runner.name != kind or way.artifact.name not in failed)
+        lines = tuple(f"left out: {name}: no engine of {kind}: {reason}" for name, reason in failed.items())
+        ways = Ways(found, (*ways.left_out, *lines))
+    if not ways.found:
+        raise MissingError("; ".join(ways.left_out))
+    return replace(setting, ways=ways)
 
 
 def _computing_on(here: Machine, runners: Sequence[Backend], *, every: bool) -> list[Backend]:

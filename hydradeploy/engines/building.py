@@ -1,0 +1,276 @@
+"""Many engines, built in a process of their own.
+
+A builder takes gigabytes of memory, keeps some of the GPU's until its process ends, and has been seen to crash it. So
+the process that asks stays small and whole; it tells of progress, also where the builder says nothing for minutes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+import hydradeploy
+from hydradeploy.bundle import Artifact, Batch, Bundle
+from hydradeploy.engines import plans
+from hydradeploy.engines.plans import DEFAULTS, EngineOptions
+from hydradeploy.errors import HydraError, MissingError
+from hydradeploy.spec import Record
+
+Report = Callable[[str, int, int], None]
+
+_PR_SET_PDEATHSIG = 1
+_TICK_S = 1.0
+# Among artifacts of as many heads the narrowest first: it is the one that meets a deadline.
+_NARROW = ("int8", "fp16", "bf16", "fp32")
+
+
+class Wanted(Record, frozen=True, kw_only=True):
+    """An artifact to build an engine of, whose graph is in `file`; a `plans.Subject`."""
+
+    name: str
+    file: str
+    batch: Batch
+    image_shape: tuple[int, int, int]
+    sha256: str
+    graph_sha256: str
+
+    @property
+    def graph(self) -> Path:
+        return Path(self.file)
+
+
+class _Order(Record, frozen=True, kw_only=True):
+    """What the building process is asked."""
+
+    kind: str
+    bundle: str
+    wanted: tuple[Wanted, ...]
+    options: EngineOptions
+
+
+class _Word(Record, frozen=True, kw_only=True):
+    """A line of what it says: of the artifact at that place, or of itself. `code` is that of an error."""
+
+    at: int
+    stage: str | None = None
+    fraction: float | None = None
+    said: str | None = None
+    done: bool = False
+    code: int | None = None
+    message: str = ""
+    hint: str | None = None
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Which artifacts have an engine now, which could not be built and why, and which have no graph for it."""
+
+    ready: tuple[str, ...]
+    failed: dict[str, str]
+    left_out: tuple[str, ...]
+
+
+def in_order(artifacts: Iterable[Artifact]) -> list[Artifact]:
+    """Most likely picks first: the most heads, as `pick` prefers accuracy; among them the narrowest precision."""
+
+    def place(artifact: Artifact) -> tuple[int, int]:
+        narrow = _NARROW.index(artifact.precision) if artifact.precision in _NARROW else len(_NARROW)
+        return -artifact.heads, narrow
+
+    return sorted(artifacts, key=place)
+
+
+def build_missing(
+    kind: str,
+    bundle: Bundle,
+    artifacts: Sequence[Artifact],
+    options: EngineOptions = DEFAULTS,
+    *,
+    report: Report = lambda what, done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Engines:
+    """See to it that each artifact has an engine of that kind for this machine, the most likely picks first.
+
+    Where a graph cannot be built, the others go on. Raises what `plans.plan` does of everything else; engines that are
+    ready by then stay.
+    """
+    waiting = [_wanted(bundle, artifact) for artifact in in_order(artifacts) if "trt" in artifact.graphs]
+    left_out = tuple(artifact.name for artifact in artifacts if "trt" not in artifact.graphs)
+    failed: dict[str, str] = {}
+    ready: list[str] = []
+    total = len(waiting)
+    while waiting:
+        order = _Order(kind=kind, bundle=str(bundle.path.resolve()), wanted=tuple(waiting), options=options)
+        count = _one_process(order, total, ready, failed, report, say)
+        del waiting[:count]
+    return Engines(tuple(ready), failed, left_out)
+
+
+def _wanted(bundle: Bundle, artifact: Artifact) -> Wanted:
+    g = bundle.spec.geometry
+    size = g.image_size
+    return Wanted(
+        name=artifact.name,
+        file=str(bundle.graph(artifact, "trt").resolve()),
+        batch=artifact.batch,
+        image_shape=(g.channels, size, size) if artifact.input == "float32" else (size, size, g.channels),
+        sha256=artifact.sha256,
+        graph_sha256=artifact.graph_sha256,
+    )
+
+
+def _one_process(
+    order: _Order, total: int, ready: list[str], failed: dict[str, str], report: Report, say: Callable[[str], None]
+) -> int:
+    """Build with one process for as long as it lives; how many artifacts are dealt with then, which is one at least."""
+    dealt, before, doing = 0, total - len(order.wanted), ""
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            _command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=os.environ | {"PYTHONPATH": _path()},
+            start_new_session=True,  # a Ctrl-C on the terminal is for us, who kill it then
+        )
+        try:
+            for word in _words(process, msgspec.json.encode(order)):
+                name = order.wanted[dealt].name if dealt < len(order.wanted) else ""
+                what = f"engine {name} ({before + dealt + 1} of {total})"
+                if word is None:
+                    if name:
+                        report(doing or what, 0, 0)
+                    continue
+                if word.said is not None:
+                    say(word.said)
+                elif word.code is not None:
+                    error = _error(word.code, word.message, word.hint)
+                    if not isinstance(error, MissingError) or word.at < 0:
+                        raise error
+                    failed[name] = error.message
+                    dealt += 1
+                elif word.done:
+                    ready.append(name)
+                    dealt += 1
+                else:
+                    share = None if word.fraction is None else round(100 * word.fraction)
+                    doing = f"{what}: {word.stage}" if word.stage else what
+                    report(doing, share or 0, 0 if share is None else 100)
+                    continue
+                doing = ""
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        if dealt < len(order.wanted):
+            failed[order.wanted[dealt].name] = f"its builder {_ended(code)}: {_last_words(errors)}"
+            dealt += 1
+    return dealt
+
+
+def _words(process: subprocess.Popen[bytes], order: bytes) -> Iterator[_Word | None]:
+    """What it says, line by line, and None each second in which it says nothing; until it says no more."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(order + b"\n")
+        process.stdin.flush()
+    heard = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while True:
+            if not selector.select(_TICK_S):
+                yield None
+                continue
+            more = os.read(process.stdout.fileno(), 1 << 16)
+            if not more:
+                return
+            *lines, heard = (heard + more).split(b"\n")
+            for line in lines:
+                yield msgspec.json.decode(line, type=_Word)
+
+
+def _command() -> list[str]:
+    # Not `-m`: that would let a file in the working directory stand in for a module of that name.
+    start = f"import sys; sys.path = list(filter(None, sys.path)); from {__name__} import main; sys.exit(main())"
+    return [sys.executable, "-c", start, str(os.getpid())]
+
+
+def _path() -> str:
+    package = str(Path(hydradeploy.__file__).parents[1])
+    return os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit {code}"
+    with suppress(ValueError):
+        return f"ended with {signal.Signals(-code).name}"
+    return f"ended with signal {-code}"
+
+
+def _last_words(errors: IO[bytes]) -> str:
+    errors.seek(max(0, errors.seek(0, os.SEEK_END) - (1 << 12)))
+    return (errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+
+
+def _error(code: int, message: str, hint: str | None) -> HydraError:
+    kinds = {kind.exit_code: kind for kind in HydraError.__subclasses__()}
+    return next(kind for number, kind in kinds.items() if number == code)(message, hint=hint)
+
+
+def main() -> int:
+    """The building process: an order as a line of JSON on stdin, a line of JSON per word on stdout."""
+    # Whatever a builder prints goes to stderr.
+    stdout = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        return 1
+    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=_Order)
+
+    def tell(word: _Word) -> None:
+        stdout.write(msgspec.json.encode(word) + b"\n")
+
+    _work(order, tell)
+    return 0
+
+
+def _work(order: _Order, tell: Callable[[_Word], None]) -> None:
+    try:
+        shop = plans.workshop(order.kind)
+    except HydraError as error:
+        tell(_Word(at=-1, code=int(error.exit_code), message=error.message, hint=error.hint))
+        return
+    for at, wanted in enumerate(order.wanted):
+
+        def progress(stage: str, fraction: float | None, at: int = at) -> None:
+            tell(_Word(at=at, stage=stage, fraction=fraction))
+
+        def say(text: str, at: int = at) -> None:
+            tell(_Word(at=at, said=text))
+
+        try:
+            plans.plan(order.kind, wanted, Path(order.bundle), order.options, progress, say=say, shop=shop)
+        except HydraError as error:
+            # Nothing was there and none may be built: that is for all of them, not this one alone.
+            whole = isinstance(error, MissingError) and not order.options.build
+            tell(_Word(at=-1 if whole else at, code=int(error.exit_code), message=error.message, hint=error.hint))
+        else:
+            tell(_Word(at=at, done=True))
