@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,8 @@ from tests.conftest import missing
 
 KINDS = ("memory", "host", "streams", "events", "graphs", "executables")
 
+_kept = TemporaryDirectory(prefix="fake-cudart-")
+
 
 @cache
 def library() -> Path:
@@ -27,7 +29,7 @@ def library() -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         missing("cc", "no C compiler to make a CUDA of")
-    made = Path(mkdtemp(prefix="fake-cudart-")) / "libcudart.so.13"
+    made = Path(_kept.name) / "libcudart.so.13"
     source = Path(__file__).with_name("fake_cudart.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(made), str(source)], check=True)
     return made

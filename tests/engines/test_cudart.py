@@ -128,15 +128,20 @@ def test_giving_back_hides_no_error_by_another(cuda, make):
 
 
 def test_events_take_the_time_between_them(cuda):
-    with cuda.stream() as stream, cuda.event() as start, cuda.event() as end, cuda.allocate(8) as memory:
-        with cuda.host(8) as host:
-            with pytest.raises(cudart.CudaFailed, match="cudaEventElapsedTime"):
-                cuda.elapsed_s(start, end)
-            cuda.record(start, stream)
-            cuda.copy_in(memory, host, 8, stream)
-            cuda.record(end, stream)
-            cuda.wait(stream)
-            assert cuda.elapsed_s(start, end) == pytest.approx(1e-3)
+    with (
+        cuda.stream() as stream,
+        cuda.event() as start,
+        cuda.event() as end,
+        cuda.allocate(8) as memory,
+        cuda.host(8) as host,
+    ):
+        with pytest.raises(cudart.CudaFailed, match="cudaEventElapsedTime"):
+            cuda.elapsed_s(start, end)
+        cuda.record(start, stream)
+        cuda.copy_in(memory, host, 8, stream)
+        cuda.record(end, stream)
+        cuda.wait(stream)
+        assert cuda.elapsed_s(start, end) == pytest.approx(1e-3)
 
 
 def test_a_graph_does_what_was_captured_as_often_as_it_is_launched(cuda):
