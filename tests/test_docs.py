@@ -129,6 +129,7 @@ def test_the_formats_page_names_every_field_on_disk():
         Quantisation,
         StoredTensor,
     )
+    from hydradeploy.engines.cache import EngineRecord, Key
     from hydradeploy.measurements import Cell, Conditions, Device, Profile
     from hydradeploy.spec import Geometry, Preprocessing, Spec
 
@@ -143,8 +144,10 @@ def test_the_formats_page_names_every_field_on_disk():
         Conditions: profiles,
         Device: profiles,
         Drop: text,
+        EngineRecord: text,
         FileRecord: text,
         Geometry: text,
+        Key: text.partition("### engines/")[2].partition("## profiles/")[0],
         Manifest: text,
         Parity: text,
         Preprocessing: text,
