@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from glob import escape, glob
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -95,6 +95,9 @@ class Gpu:
     uuid: str
 
 
+_Given = TypeVar("_Given", bound="Handle")
+
+
 class Handle:
     """Something of CUDA's that has to be given back: by `close`, by leaving the `with` block, once."""
 
@@ -114,7 +117,7 @@ class Handle:
         if address:
             self._give_back(address)
 
-    def __enter__(self) -> Handle:
+    def __enter__(self: _Given) -> _Given:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -143,7 +146,7 @@ class HostMemory(Memory):
         """Its beginning as an array, which must not be used after `close`; raises ValueError where it is too small."""
         count = int(np.prod(shape))
         held = (C.c_ubyte * self.size).from_address(self.address)
-        return np.frombuffer(held, dtype, count).reshape(tuple(shape))
+        return np.frombuffer(memoryview(held), np.dtype(dtype), count).reshape(tuple(shape))
 
 
 class Cuda:
