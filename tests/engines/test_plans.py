@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 
 from hydradeploy import export, open_bundle
 from hydradeploy.bundle import Artifact
-from hydradeploy.engines import plans
+from hydradeploy.engines import building, plans
 from hydradeploy.engines.building import Wanted, build_missing, in_order
 from hydradeploy.engines.cache import Cache, user_root
 from hydradeploy.engines.plans import RTX, TENSORRT, EngineOptions, Workshop, plan
@@ -370,6 +371,51 @@ def test_a_builder_that_is_killed_costs_its_engine_alone(rtx, supernet_file, tmp
     assert found.failed["h03-fp32"].startswith("its builder ended with SIGKILL")
     assert len(children) == 2
     assert set(engines(tmp_path / "exported")) == {"h04-fp32", "h02-fp32"}
+
+
+def test_there_is_a_sign_of_life_where_a_builder_says_nothing(rtx, supernet_file, tmp_path, monkeypatch):
+    """An interpreter alone takes longer to start than these ticks are apart."""
+    monkeypatch.setattr(building, "_TICK_S", 0.01)
+    written = export(supernet_file, tmp_path / "exported", heads=(2,))
+    heard: list[tuple[str, int, int]] = []
+    build_missing(RTX, written, written.manifest.artifacts, report=lambda *call: heard.append(call))
+    assert heard.count(("engine h02-fp32 (1 of 1)", 0, 0)) > 2
+
+
+ASKS = """
+import os, subprocess, sys
+from pathlib import Path
+from hydradeploy import open_bundle
+from hydradeploy.engines.building import build_missing
+
+start = subprocess.Popen
+def started(*arguments, **options):
+    child = start(*arguments, **options)
+    print(child.pid, flush=True)
+    return child
+subprocess.Popen = started
+bundle = open_bundle(Path(sys.argv[1]))
+def say(text):
+    print(text, flush=True)
+    sys.stdin.read()
+build_missing("tensorrt-rtx", bundle, bundle.manifest.artifacts, say=say)
+"""
+
+
+def test_the_process_that_builds_dies_with_the_one_that_asked(rtx, supernet_file, tmp_path):
+    written = export(supernet_file, tmp_path / "exported", heads=(2, 3, 4, 5, 6))
+    command = [sys.executable, "-c", ASKS, str(written.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None
+        child = int(asking.stdout.readline())
+        assert asking.stdout.readline() == "building the engine of h06-fp32\n"
+        descriptor = os.pidfd_open(child)
+        asking.send_signal(signal.SIGKILL)
+    assert select.select([descriptor], [], [], 60)[0], "it ended"
+    os.close(descriptor)
+    found = build_missing(RTX, written, written.manifest.artifacts)
+    assert len(found.ready) == 5
+    assert len(engines(written.path)) == 5
 
 
 def test_profile_builds_what_is_missing_before_it_measures_and_leaves_out_what_cannot_be_built(
