@@ -1,0 +1,52 @@
+"""What a TensorRT can do, asked of the module itself: its version number is never looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What differs between 8.6, 10.x, 11.x and TensorRT for RTX, as far as building goes.
+
+    `ahead_of_time`: builds for GPUs that need not be here, and times nothing (RTX). `explicit_batch` and
+    `strongly_typed`: the network's flag is to be passed. `type_flags`: builder flags that permit a type, by the tensor
+    type that calls for them; empty where the network alone decides. `quantised_flag`: one is needed for int8.
+    `progress`: events can be had. `attention`: fused attention can be allowed to be taken apart.
+    """
+
+    ahead_of_time: bool
+    explicit_batch: bool
+    strongly_typed: bool
+    type_flags: dict[str, str]
+    quantised_flag: bool
+    optimisation_level: bool
+    progress: bool
+    attention: bool
+
+
+# Tensor type and the flag that permits kernels of it, in networks that are not strongly typed.
+_TYPE_FLAGS = {"HALF": "FP16", "BF16": "BF16"}
+
+
+def capabilities(trt: Any) -> Capabilities:
+    """Of a module `tensorrt` or `tensorrt_rtx`; constructs nothing of it, so no GPU is needed."""
+    network, flag, config = trt.NetworkDefinitionCreationFlag, trt.BuilderFlag, trt.IBuilderConfig
+    weak = hasattr(flag, "FP16")
+    # 11.0 and RTX still have STRONGLY_TYPED, deprecated: all their networks are.
+    strong = weak and hasattr(network, "STRONGLY_TYPED")
+    permitted = {
+        kind: name for kind, name in _TYPE_FLAGS.items() if hasattr(flag, name) and hasattr(trt.DataType, kind)
+    }
+    return Capabilities(
+        ahead_of_time=hasattr(trt, "ComputeCapability"),
+        # Where strong typing exists every network is of explicit batch, and the flag is deprecated.
+        explicit_batch=hasattr(network, "EXPLICIT_BATCH") and not hasattr(network, "STRONGLY_TYPED"),
+        strongly_typed=strong,
+        type_flags=permitted if weak and not strong else {},
+        quantised_flag=weak and not strong and hasattr(flag, "INT8"),
+        optimisation_level=hasattr(config, "builder_optimization_level"),
+        progress=hasattr(trt, "IProgressMonitor") and hasattr(config, "progress_monitor"),
+        attention=hasattr(trt, "IAttentionInputLayer"),
+    )
