@@ -10,7 +10,7 @@ SOURCES := hydradeploy tests benchmarks cli.py
 DEVICE_PYTHON ?= $(firstword $(foreach python,python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10*/bin/python),\
 	$(if $(shell $(python) -c 'import sys; print(sys.version_info[:2] == (3, 10) or "")' 2>/dev/null),$(python))))
 
-.PHONY: setup demo check format test test-slow bench docs clean
+.PHONY: setup demo check format test test-slow test-arm64 bench docs clean
 
 setup: .venv/ready $(if $(DEVICE_PYTHON),.venv-device/ready)
 
@@ -44,6 +44,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -m slow -n 2 --dist loadfile
+
+# Once: apt-get install debootstrap qemu-user-static. The system it makes stays in build/arm64.
+test-arm64: .venv/ready
+	nice $(BIN)/pytest -m arm64 tests/arm64
 
 bench: setup
 	$(BIN)/python benchmarks/export.py
