@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydradeploy.engines.cudart import Cuda, Handle, HostMemory, Memory
-from hydradeploy.engines.loading import errors
+from hydradeploy.engines.logger import errors
 from hydradeploy.errors import HydraError, InputError, MissingError
 
 _INPUT, _OUTPUT = "image", "logits"

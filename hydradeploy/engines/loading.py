@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hydradeploy.engines import cudart
+from hydradeploy.engines.logger import errors, logger
 from hydradeploy.errors import MissingError
 
 
@@ -16,29 +17,11 @@ def load(trt: Any, plan: bytes) -> tuple[Any, Any, Any]:
     reason = cudart.why_no_gpu()
     if reason is not None:
         raise MissingError(reason)
-    log = _logger(trt)
+    log = logger(trt)
+    errors(log)  # of before
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(plan)
     # None is all that TensorRT says of it.
     if engine is None:
         raise MissingError(f"TensorRT refuses the plan: {errors(log)}")
     return engine, runtime, log
-
-
-def errors(log: Any) -> str:
-    """What a logger of `load`'s has heard since it was last asked, in one line."""
-    said, log.lines = log.lines, []
-    return "; ".join(said)[:800] or "it logged no reason"
-
-
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if str(severity).rsplit(".", 1)[-1] in ("ERROR", "INTERNAL_ERROR"):
-                self.lines.append(" ".join(message.split()))
-
-    return Logger()
