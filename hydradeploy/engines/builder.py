@@ -81,9 +81,7 @@ def build(trt: Any, spec: BuildSpec, *, timing_cache: bytes = b"", progress: Pro
         raise MissingError(f"this TensorRT builds for the GPU at hand only, not for {', '.join(spec.targets)}")
     teller = Teller(progress or (lambda stage, fraction: None))
     with beating(teller):
-        built = _built(trt, can, spec, timing_cache, teller)
-    teller.check()
-    return built
+        return _built(trt, can, spec, timing_cache, teller)
 
 
 def _built(trt: Any, can: Capabilities, spec: BuildSpec, timing_cache: bytes, teller: Teller) -> Built:

@@ -201,11 +201,15 @@ def test_no_plan_is_one_error_with_what_tensorrt_logged(version):
     assert told == f"{GRAPH}: TensorRT cannot build it: Error Code 10: no kernel for node {{blocks.0}}"
 
 
-def test_errors_of_an_earlier_build_are_not_told_again():
-    trt = FakeModule("10.3.0", refuses="plan")
-    message(trt)
-    trt.refuses = "builder"
-    assert "Error Code 10" not in message(trt)
+def test_what_was_logged_before_a_build_is_not_told_with_it():
+    trt = FakeModule("10.3.0")
+    build(trt, SPEC)
+    trt.said("of another engine")
+    trt.said("of another engine", "WARNING")
+    assert build(trt, SPEC).warnings == ("a kernel is slow",)
+    trt.said("of another engine")
+    trt.refuses = "plan"
+    assert "another" not in message(trt)
 
 
 def broken(path: Path) -> Path:
