@@ -30,9 +30,11 @@ BACKEND_MODULES = {
     "onnxruntime": "hydradeploy.backends.onnxruntime",
     "openvino": "hydradeploy.backends.openvino",
     "torch": "hydradeploy.backends.torch",
+    "tensorrt": "hydradeploy.backends.tensorrt",
+    "tensorrt-rtx": "hydradeploy.backends.tensorrt_rtx",
 }
 # The extra that brings each.
-EXTRAS = {"onnxruntime": "ort", "openvino": "openvino", "torch": "export"}
+EXTRAS = {"onnxruntime": "ort", "openvino": "openvino", "torch": "export", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
 
 
 @dataclass(frozen=True)
