@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 QEMU = "qemu-aarch64-static"
-PACKAGES = {"debootstrap": "debootstrap", QEMU: "qemu-user-static", "unshare": "util-linux"}
+PACKAGES = {"debootstrap": "debootstrap", QEMU: "qemu-user-static", "unshare": "util-linux", "setpriv": "util-linux"}
 RELEASE = "bookworm"  # Python 3.11
 MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
 HANDLERS = Path("/proc/sys/fs/binfmt_misc")
@@ -26,8 +26,8 @@ MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xf
 
 # Close to Orin's cores: Armv8.2 with products of int8, without bf16, i8mm, SVE and SME.
 PROCESSOR = "cortex-a76"
-# Thor's have bf16, i8mm and SVE2, and no SME either. With SME, of which qemu 7.2 is not to be trusted to emulate it or
-# ONNX Runtime 1.32 to use it, int8dyn comes out wrong; `verify` says so.
+# Thor's have bf16, i8mm and SVE2, and no SME either. With SME int8dyn comes out wrong, and `verify` says so: KleidiAI's
+# kernel in ONNX Runtime 1.32 is to blame, or how qemu 7.2 emulates it.
 WIDER = "max,sme=off"
 # qemu's user mode shows /proc/cpuinfo of the machine below; programs in here run on another processor.
 CPUINFO = """processor\t: {}
@@ -63,8 +63,8 @@ exec chroot "$root" /usr/bin/env -i --chdir=/srv QEMU_CPU="$cpu" \\
     HOME=/root LANG=C.UTF-8 PATH=/srv/venv/bin:/usr/bin:/bin "$@"
 """
 
-# --kill-child ends the first process of the namespace with its parent, and the kernel then ends all the others.
-APART = ("nice", "unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL")
+# The first process of the namespace ends with unshare, that with us, and the kernel then ends all the others.
+APART = ("setpriv", "--pdeathsig=KILL", "nice", "unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL")
 NO_NETWORK = ("--net", "--ipc", "--uts")
 
 
@@ -72,7 +72,7 @@ def why_not() -> str | None:
     """What is missing here to emulate an aarch64 Debian; None for nothing."""
     if os.geteuid() != 0:
         return "takes root, to mount and to change the root directory"
-    packages = [package for command, package in PACKAGES.items() if shutil.which(command) is None]
+    packages = sorted({package for command, package in PACKAGES.items() if shutil.which(command) is None})
     if packages:
         return f"not installed: {', '.join(packages)} (apt-get install {' '.join(packages)})"
     if "binfmt_misc" not in Path("/proc/filesystems").read_text():
@@ -101,6 +101,8 @@ def handler() -> Iterator[None]:
     if not mounted:
         shown(["mount", "-t", "binfmt_misc", "binfmt_misc", str(HANDLERS)])
     try:
+        if (HANDLERS / HANDLER).exists():  # of a run that was killed
+            (HANDLERS / HANDLER).write_text("-1")
         if foreign_handlers():
             yield
             return
