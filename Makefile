@@ -10,7 +10,7 @@ SOURCES := hydradeploy tests benchmarks cli.py
 DEVICE_PYTHON ?= $(firstword $(foreach python,python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10*/bin/python),\
 	$(if $(shell $(python) -c 'import sys; print(sys.version_info[:2] == (3, 10) or "")' 2>/dev/null),$(python))))
 
-.PHONY: setup demo check format test test-slow test-arm64 bench docs clean
+.PHONY: setup demo check format test test-gpu test-slow test-arm64 bench docs clean
 
 setup: .venv/ready $(if $(DEVICE_PYTHON),.venv-device/ready)
 
@@ -41,6 +41,10 @@ format: .venv/ready
 
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# Where a GPU is; PYTHON and the packages may be those of the machine: python3 -m pytest -m gpu tests/gpu
+test-gpu: setup
+	HYDRADEPLOY_REQUIRE=gpu $(BIN)/pytest -m gpu tests/gpu
 
 test-slow: setup
 	$(BIN)/pytest -m slow -n 2 --dist loadfile

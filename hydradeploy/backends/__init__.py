@@ -30,11 +30,19 @@ BACKEND_MODULES = {
     "onnxruntime": "hydradeploy.backends.onnxruntime",
     "openvino": "hydradeploy.backends.openvino",
     "torch": "hydradeploy.backends.torch",
+    "torch-cuda": "hydradeploy.backends.torch_cuda",
     "tensorrt": "hydradeploy.backends.tensorrt",
     "tensorrt-rtx": "hydradeploy.backends.tensorrt_rtx",
 }
 # The extra that brings each.
-EXTRAS = {"onnxruntime": "ort", "openvino": "openvino", "torch": "export", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
+EXTRAS = {
+    "onnxruntime": "ort",
+    "openvino": "openvino",
+    "torch": "export",
+    "torch-cuda": "export",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt-rtx",
+}
 
 
 @dataclass(frozen=True)

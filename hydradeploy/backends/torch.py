@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from math import prod
+from pathlib import Path
 from types import FunctionType, TracebackType
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -40,7 +41,7 @@ class _Session:
         import torch
 
         chosen = with_defaults(BACKEND, options, model.precision)
-        weights = _weights(model)
+        weights = weights_of(model)
         dtype: torch.dtype = getattr(torch, _TYPES[str(chosen.compute_type)])
         self._model, self._threads = model, chosen.threads
         read_ahead(model)
@@ -81,7 +82,7 @@ class _Session:
         try:
             return self._run(images)
         except RuntimeError as error:
-            raise MissingError(f"torch cannot run {self._model.name}: {_first_line(error)}") from error
+            raise MissingError(f"torch cannot run {self._model.name}: {first_line(error)}") from error
 
     def _run(self, images: Images) -> NDArray[np.float32]:
         import torch
@@ -110,7 +111,7 @@ class _Session:
         except Exception as error:  # whatever its compiler or the system's says
             cause = getattr(error, "inner_exception", error)
             raise MissingError(
-                f"torch cannot compile {self._model.name}: {_first_line(cause)}", hint="take mode=eager"
+                f"torch cannot compile {self._model.name}: {first_line(cause)}", hint="take mode=eager"
             ) from error
 
     def facts(self) -> Mapping[str, str]:
@@ -194,7 +195,8 @@ def _narrow() -> tuple[str, ...]:
     return tuple(name for name, supported in asked.items() if supported())
 
 
-def _weights(model: Model) -> Weights:
+def weights_of(model: Model) -> Weights:
+    """Where the model's tensors lie; raises MissingError where there is no weights file."""
     if model.weights is None:
         raise MissingError(
             f"torch computes from a weights file, and the graphs of {model.name} carry their own",
@@ -212,24 +214,39 @@ def views(weights: Weights) -> dict[str, Tensor]:
 
     Raises MissingError for a file that ends too early, EnvironmentFailed for one that cannot be read.
     """
+    return nested(whole(weights), weights)
+
+
+def nested(tensors: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
+    """What a subnet reads of whole stored tensors, as views of them."""
+    shapes = {name: tensor.shape for name, tensor in stored(weights.subnet, weights.form).items()}
+    return {name: tensors[name][tuple(slice(size) for size in shape)] for name, shape in shapes.items()}
+
+
+def whole(weights: Weights) -> dict[str, Tensor]:
+    """The stored tensors of which a subnet reads a part, as views of the mapped file; raises as `views` does."""
     import torch
 
     with environment("mapping the weights"):
-        status = weights.path.stat()
-        key = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+        key = file_key(weights.path)
         data = _mapped.get(key)
         if data is None:
             # Private, not read-only: torch has no tensors that cannot be written to.
             data = _mapped[key] = np.memmap(weights.path, np.uint8, mode="c")
-    whole, found = torch.from_numpy(data), {}
-    for name, tensor in stored(weights.subnet, weights.form).items():
+    everything, found = torch.from_numpy(data), {}
+    for name in stored(weights.subnet, weights.form):
         there = weights.table[name]
         end = there.offset + prod(there.shape) * ITEM_BYTES[there.dtype]
         if end > len(data):
             raise MissingError(f"torch cannot open {weights.path}: {name} ends at {end}, the file at {len(data)}")
-        full = whole[there.offset : end].view(getattr(torch, there.dtype)).view(there.shape)
-        found[name] = full[tuple(slice(size) for size in tensor.shape)]
+        found[name] = everything[there.offset : end].view(getattr(torch, there.dtype)).view(there.shape)
     return found
+
+
+def file_key(path: Path) -> tuple[int, ...]:
+    """What tells a file from another one, and from itself before it was written again."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def forward(tensors: Mapping[str, Tensor], subnet: Subnet, images: Tensor) -> Tensor:
@@ -286,5 +303,6 @@ def _linear(tensors: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, tensors[f"{layer}.weight"].T, tensors[f"{layer}.bias"])
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What torch says, without the traces it adds."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

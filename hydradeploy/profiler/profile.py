@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from hydradeploy.backends import Backend, usable
+from hydradeploy.backends import Backend, backend, usable
 from hydradeploy.backends.ways import ALL, Ways, named, ways
 from hydradeploy.bundle import Artifact, Bundle, open_bundle
 from hydradeploy.devices import Machine, machine
@@ -211,7 +211,7 @@ def _setting(bundle: Path, order: Order, here: Machine | None) -> _Setting:
     preset = preset_of(order.preset, pace_hz=order.pace_hz, concurrency=order.concurrency, wall_s=order.max_time_s)
     if order.threads is not None and (not order.threads or min(order.threads) < 1):
         raise UsageError("threads must be at least 1")
-    runners = named(order.backends)
+    runners = _runners(order, here)
     here = here or machine(order.device, runners[0].processor)
     opened = open_bundle(bundle)
     found = ways(
@@ -223,6 +223,16 @@ def _setting(bundle: Path, order: Order, here: Machine | None) -> _Setting:
         settings=order.settings,
     )
     return _Setting(opened, found, here, sorted(set(order.threads or (here.cores(),))), preset)
+
+
+def _runners(order: Order, here: Machine | None) -> tuple[Backend, ...]:
+    """The backends asked for; else the first usable one that computes on the GPU, where the processor is not asked for
+    and there is one, else the first usable one."""
+    if order.backends is not None:
+        return named(order.backends)
+    found = usable() or (backend(),)
+    wanted = "cpu" if (here.kind if here else order.device) == "cpu" else "cuda"
+    return tuple([runner for runner in found if runner.processor == wanted] or found)[:1]
 
 
 def _with_engines(setting: _Setting, options: EngineOptions, report: Report, say: Callable[[str], None]) -> _Setting:
