@@ -125,8 +125,7 @@ class _Session:
         if not self._graphs:
             return _Captured(None, sent, images, None)
         # Libraries choose and load kernels at their first call, which cannot be captured.
-        cuda: Any = torch.cuda
-        aside = cuda.Stream()
+        aside = _aside()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):
@@ -228,6 +227,15 @@ def _said_so(model: Model) -> Iterator[None]:
 
 
 _live: WeakSet[_Captured] = WeakSet()
+
+
+@cache
+def _aside() -> Any:
+    """One stream for all, because each that computes products has a work space of up to 32 MiB."""
+    import torch
+
+    cuda: Any = torch.cuda
+    return cuda.Stream()
 
 
 def _pool() -> Any:
