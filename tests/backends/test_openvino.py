@@ -129,7 +129,7 @@ def test_a_type_that_it_accepts_and_does_not_compute_in_is_an_error(runner, monk
         pytest.skip("this processor computes in fp16")
     monkeypatch.setattr("hydradeploy.backends.openvino._capabilities", lambda: ("FP32", "FP16"))
     target = model_of(everything, everything.artifact("h04-fp32"), "ort")
-    with pytest.raises(MissingError, match="openvino computes h04-fp32 in b?f(16|32) here, not in fp16"):
+    with pytest.raises(MissingError, match=r"openvino computes h04-fp32 in b?f(16|32) here, not in fp16"):
         runner.open(target, Options(compute_type="fp16"))
 
 
