@@ -276,10 +276,10 @@ def test_a_backend_that_is_not_installed_says_so(name, monkeypatch):
 
     if name.startswith("tensorrt"):
         pytest.skip("tests/backends/test_tensorrt.py has it")
-    original = importlib.util.find_spec
+    original, package = importlib.util.find_spec, name.removesuffix("-cuda")
     module = __import__(BACKEND_MODULES[name], fromlist=["BACKEND"])
-    monkeypatch.setattr(module, "find_spec", lambda n: None if n == name else original(n))
-    with pytest.raises(MissingError, match=f"{name} is not installed") as refused:
+    monkeypatch.setattr(module, "find_spec", lambda n: None if n == package else original(n))
+    with pytest.raises(MissingError, match=f"{package} is not installed") as refused:
         backend(name)
-    extras = {"onnxruntime": "ort", "openvino": "openvino", "torch": "export"}
+    extras = {"onnxruntime": "ort", "openvino": "openvino", "torch": "export", "torch-cuda": "export"}
     assert refused.value.hint == f"pip install 'hydradeploy[{extras[name]}]'"

@@ -65,8 +65,8 @@ def test_golden_logits_are_those_of_the_torch_subnet(everything, supernet_file):
         difference = float(np.abs(golden.logits[artifact.name] - expected).max() / np.abs(expected).max())
         assert artifact.parity.tolerance == ALLOWED[artifact.precision]
         assert difference <= artifact.parity.tolerance
-        # The record is of the worst dialect.
-        assert artifact.parity.max_difference >= 0.999 * difference
+        # The record is of the worst dialect. Logits of a batch and of one image differ by torch's own rounding.
+        assert artifact.parity.max_difference >= 0.999 * difference - 1e-7
         assert artifact.parity.cosine >= artifact.parity.least_cosine == 0.99
         assert artifact.parity.top1_agreement is not None
 

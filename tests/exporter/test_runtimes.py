@@ -16,6 +16,7 @@ import pytest
 from hydradeploy import export
 from hydradeploy.backends import PRECISION_NAMES, prepared
 from hydradeploy.bundle import Artifact, Bundle, Dialect
+from hydradeploy.devices.cpu import features
 from hydradeploy.engines import module
 from hydradeploy.engines.builder import BuildSpec, build
 from hydradeploy.engines.module import RTX
@@ -26,6 +27,8 @@ OLDEST = Path(__file__).parents[2] / ".venv-device" / "bin" / "python"
 # What another runtime's rounding may change, as a fraction of the largest logit. In int8 a value half-way between two
 # integers may go either way.
 CLOSE = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 1e-5, "int8dyn": 3e-2, "int8": 3e-2}
+# What the gate allows.
+BF16_TOLERANCE = 4e-2
 
 
 @pytest.fixture
@@ -116,7 +119,9 @@ def test_openvino_opens_both_dialects_in_place_with_equal_logits(everything, pre
     require("openvino")
     found = differences(OPENVINO, everything, of_precision(everything, precision), ("ort", "trt"), Path(sys.executable))
     assert len(found) == (4 if precision == "int8dyn" else 8)
-    assert max(found.values()) <= CLOSE[precision], found
+    # Products of bf16 in the processor's own instructions are summed and rounded in another order than the gate's.
+    own_bf16 = precision == "bf16" and features() & {"avx512_bf16", "amx_bf16", "bf16"}
+    assert max(found.values()) <= (BF16_TOLERANCE if own_bf16 else CLOSE[precision]), found
 
 
 def oldest_python() -> Path:
