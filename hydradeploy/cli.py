@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from typer.models import CommandInfo
 
-    from hydradeploy.measurements import Cell
+    from hydradeploy.measurements import Cell, Stored
     from hydradeploy.profiler.plan import Plan
+    from hydradeploy.remote.profile import Remote
     from hydradeploy.runtime.verify import Verified
     from hydradeploy.selector.budget import Budget
     from hydradeploy.stored import Input
@@ -385,6 +386,7 @@ def evaluate(
 
 @app.command()
 def profile(
+    context: typer.Context,
     bundle: BundlePath = Path("bundle"),
     profiles: ProfilesPath = Path("profiles"),
     device: Annotated[
@@ -424,15 +426,28 @@ def profile(
     force: Annotated[bool, typer.Option("--force", help="Begin anew where a run was cut short.")] = False,
     no_build: Annotated[bool, typer.Option("--no-build", help="Fail where an engine is missing.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 6 where a measurement is not clean.")] = False,
+    host: Annotated[
+        str | None, typer.Option(help="Measure that device over ssh: user@orin, ssh://user@orin:2222.")
+    ] = None,
+    host_program: Annotated[
+        str | None, typer.Option(help="The hydradeploy there, ~/hydra/bin/hydradeploy. Default: found.")
+    ] = None,
+    bootstrap: Annotated[
+        str | None,
+        typer.Option(metavar="WHEEL", help="Install this wheel there, with extra ort or WHEEL[openvino], in a cache."),
+    ] = None,
+    ssh: Annotated[
+        str | None, typer.Option(envvar="HYDRADEPLOY_SSH", help="To reach it with: 'ssh -F FILE'. Default: ssh.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure latency, load time, memory and energy on this device.
+    """Measure latency, load time, memory and energy on this device, or with --host on another.
 
     Every artifact is run in several fresh processes, head counts interleaved, while another one watches the device.
     All samples are kept in a profile, where they replace earlier ones of the same device under the same conditions.
     """
     from hydradeploy.profiler.presets import Target
-    from hydradeploy.profiler.profile import Order, check_clean
+    from hydradeploy.profiler.profile import Order
     from hydradeploy.profiler.profile import plan as plan_of
     from hydradeploy.profiler.profile import profile as call
     from hydradeploy.units import DURATION, FRACTION, RATE, parse, parse_percentile
@@ -451,6 +466,15 @@ def profile(
         target=Target(parse_percentile(percentile), parse(confidence, FRACTION)),
         max_time_s=None if max_time is None else parse(max_time, DURATION),
     )
+    if host is not None:
+        from hydradeploy.remote.profile import Remote
+        from hydradeploy.remote.program import wheel
+
+        remote = Remote(host, ssh, host_program, None if bootstrap is None else wheel(bootstrap))
+        _profile_there(remote, bundle, profiles, _given(context, but=_NOT_THERE), dry_run, resume, strict, as_json)
+        return
+    if host_program is not None or bootstrap is not None:
+        raise UsageError("--host-program and --bootstrap are about another device", hint="name it with --host")
     if dry_run:
         _show_plan(plan_of(bundle, profiles, order), as_json)
         return
@@ -466,14 +490,96 @@ def profile(
             report=report,
             say=report.say,
         )
+    _show_profiled(done, {}, strict, as_json)
+
+
+class _Measured(Protocol):
+    """What was measured, wherever that was."""
+
+    @property
+    def stored(self) -> Stored: ...
+
+    @property
+    def cells(self) -> tuple[Cell, ...]: ...
+
+    @property
+    def left_out(self) -> tuple[str, ...]: ...
+
+
+def _show_profiled(done: _Measured, more: Mapping[str, object], strict: bool, as_json: bool) -> None:
+    from hydradeploy.profiler.profile import check_clean
+
     if as_json:
         found = {"profile": str(done.stored.path), "device": done.stored.profile.device, "cells": done.cells}
-        _print_json({**found, "left_out": done.left_out})
+        _print_json({**found, "left_out": done.left_out, **more})
     else:
         _show_cells(done.cells)
         print(f"{done.stored.path}: {done.stored.profile.device.name}, {len(done.cells)} cells measured")
     if strict:
         check_clean(done.cells)
+
+
+# What is about this machine, or done on it with what comes back.
+_NOT_THERE = (
+    "bundle",
+    "profiles",
+    "host",
+    "host_program",
+    "bootstrap",
+    "ssh",
+    "as_json",
+    "strict",
+    "dry_run",
+    "resume",
+)
+
+
+def _given(context: typer.Context, *, but: Sequence[str]) -> list[str]:
+    """The options that were given, as they were, but for some."""
+    arguments = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name is None or parameter.name in but or source is None or source.name != "COMMANDLINE":
+            continue
+        value, option = context.params[parameter.name], parameter.opts[0]
+        if value is True:
+            arguments.append(option)
+        else:
+            arguments += [f"{option}={one}" for one in (value if isinstance(value, list | tuple) else [value])]
+    return arguments
+
+
+def _profile_there(
+    remote: Remote,
+    bundle: Path,
+    profiles: Path,
+    arguments: Sequence[str],
+    dry_run: bool,
+    resume: bool,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    from hydradeploy.profiler.plan import Plan
+    from hydradeploy.remote.profile import plan as plan_of
+    from hydradeploy.remote.profile import profile as call
+
+    with _progress() as report:
+        if dry_run:
+            found = plan_of(remote, bundle, arguments, report=report, say=report.say)
+        else:
+            done = call(remote, bundle, profiles, arguments, resume=resume, report=report, say=report.say)
+    if dry_run:
+        _show_plan(msgspec.json.decode(found, type=Plan), as_json)
+    else:
+        _show_profiled(done, {"host": remote.host, "copied": done.copied}, strict, as_json)
+
+
+@app.command(hidden=True)
+def there() -> None:
+    """What --host talks to."""
+    from hydradeploy.remote.there import main as call
+
+    raise typer.Exit(call())
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
