@@ -441,7 +441,7 @@ def profile(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure latency, load time, memory and energy on this device, or with --host on another.
+    """Measure latency, memory and energy, here or on a --host.
 
     Every artifact is run in several fresh processes, head counts interleaved, while another one watches the device.
     All samples are kept in a profile, where they replace earlier ones of the same device under the same conditions.
@@ -1010,8 +1010,11 @@ def _progress() -> Iterator[_Reporter]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    try:
         yield _Bars(progress)
+    finally:
+        progress.stop()
 
 
 class _Bars:
@@ -1021,6 +1024,7 @@ class _Bars:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
+            self._progress.start()  # not before: it would wipe out what ssh asks
             self._tasks[what] = self._progress.add_task(what, total=total or None)
         self._progress.update(self._tasks[what], completed=done)
 

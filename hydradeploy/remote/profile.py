@@ -242,6 +242,7 @@ class _Conversation:
             yield
         finally:
             over.set()
+            teller.join(timeout=1.0)  # before the pipe is closed that it writes to
 
     def _greet(self) -> None:
         hello = self._channel.greeted()

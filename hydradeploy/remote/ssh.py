@@ -25,8 +25,9 @@ from hydradeploy.errors import EnvironmentFailed, HydraError, MissingError, Usag
 _READY = b"hydradeploy-connected"
 _LONGEST_SOCKET = 80  # sockaddr_un takes 108 bytes, and ssh adds 17 while it makes one
 _ENDING_S = 5.0
-# A terminal sends Ctrl-C to ssh as well, which would end before it has told the device.
-_UNTOUCHED_BY_CTRL_C = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+_WAIT = f"echo {_READY.decode()}; exec cat"
+# A terminal sends Ctrl-C to ssh as well, which would end before the device has been told.
+_IGNORING_CTRL_C = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
 _OPTIONS = {
     "StrictHostKeyChecking": "yes",
     "ConnectTimeout": "30",
@@ -55,7 +56,8 @@ class Connection:
     def start(self, script: str, *arguments: str) -> Session:
         """Run a script of POSIX sh there. `arguments` are `$1`, ... as `printf %b` reads them, whatever is in them."""
         command = [*self._command, "--", self.host, line_of(script, *arguments)]
-        return Session(_started(command))
+        # A client of a shared connection does not ignore Ctrl-C, but it never asks for anything: no terminal for it.
+        return Session(_started(command, own_session=True))
 
     def run(self, script: str, *arguments: str, data: bytes = b"") -> tuple[int, bytes, str]:
         """Run a script with `data` on its stdin; its exit code, stdout and stderr. Raises where the connection is
@@ -123,9 +125,7 @@ def connected(host: str, ssh: str | None = None) -> Iterator[Connection]:
         options = _OPTIONS | {"ControlPath": str(directory / "socket"), "BatchMode": "no" if _terminal() else "yes"}
         # The first value that ssh meets holds: what the user's command line says comes before ours.
         base = [*command, "-T", *(f"-o{name}={value}" for name, value in options.items())]
-        master = Session(
-            _started([*base, "-oControlMaster=yes", "--", host, line_of(f"echo {_READY.decode()}; exec cat")])
-        )
+        master = Session(_started([*_IGNORING_CTRL_C, *base, "-oControlMaster=yes", "--", host, line_of(_WAIT)]))
         try:
             if not _is_ready(master.process.stdout):
                 raise _refused(host, shlex.join(command), master)
@@ -176,10 +176,9 @@ def _terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def _started(command: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [*_UNTOUCHED_BY_CTRL_C, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+def _started(command: list[str], *, own_session: bool = False) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=own_session)
 
 
 def _is_ready(stdout: IO[bytes] | None) -> bool:

@@ -1,0 +1,199 @@
+"""The device's end, spoken to directly: copies that break off, and an end that falls silent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from hydradeploy import open_bundle
+from hydradeploy.bundle import FileRecord
+from hydradeploy.errors import IntegrityError
+from hydradeploy.files import sha256_bytes
+from hydradeploy.remote.channel import (
+    Alive,
+    Channel,
+    Done,
+    Ended,
+    Failed,
+    Hangup,
+    Line,
+    Message,
+    Missing,
+    Part,
+    Put,
+    Run,
+    Take,
+    Want,
+)
+from hydradeploy.remote.contents import contents
+from hydradeploy.remote.ssh import line_of
+
+NAME = "bundle-12345678"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "hydradeploy" / "remote" / NAME
+
+
+@contextmanager
+def there(silence_s: float = 60.0) -> Iterator[tuple[Channel, subprocess.Popen[bytes]]]:
+    """A conversation, greeted."""
+    command = [sys.executable, "-c", f"from hydradeploy.remote.there import main; raise SystemExit(main({silence_s}))"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        channel = Channel(process.stdout.fileno(), process.stdin.fileno(), silence_s=60.0)
+        channel.greeted()
+        yield channel, process
+
+
+def wanted(channel: Channel, files: dict[str, FileRecord]) -> Missing:
+    channel.send(Want(place=NAME, files=files))
+    missing = channel.receive()
+    assert isinstance(missing, Missing), missing
+    return missing
+
+
+def put(channel: Channel, path: Path, offset: int = 0, *, data: bytes | None = None) -> None:
+    whole = path.read_bytes()
+    message = Put(sha256=sha256_bytes(whole), offset=offset, size_bytes=len(whole) - offset)
+    channel.send(message, [whole[offset:] if data is None else data])
+
+
+def take(channel: Channel) -> Message:
+    channel.send(Take())
+    return channel.receive()
+
+
+def copy(bundle: Path, files: dict[str, FileRecord]) -> None:
+    with there() as (channel, _):
+        missing = wanted(channel, files)
+        for name, record in files.items():
+            if record.sha256 in missing.contents:
+                put(channel, bundle / name)
+        assert take(channel) == Done()
+
+
+def rest_of(channel: Channel) -> Iterator[Message]:
+    with suppress(Hangup):
+        while True:
+            yield channel.receive()
+
+
+def test_a_copy_that_breaks_off_goes_on_where_it_was(shared_bundle, bundle, place):
+    """The bundle that is there stays until the new one is whole; nothing that has arrived is asked for again."""
+    old = contents(open_bundle(shared_bundle))
+    copy(shared_bundle, old)
+    weights, notes = bundle / "supernet-fp32.weights", bundle / "golden.npz"
+    weights.write_bytes(weights.read_bytes()[::-1])
+    notes.write_bytes(notes.read_bytes() + b"more")
+    files = old | {
+        path.name: FileRecord(sha256=sha256_bytes(path.read_bytes()), size_bytes=path.stat().st_size)
+        for path in (weights, notes)
+    }
+    new = files[weights.name].sha256
+    half = weights.read_bytes()[: weights.stat().st_size // 2]
+    with there() as (channel, process):
+        assert set(wanted(channel, files).contents) == {new, files[notes.name].sha256}
+        put(channel, notes)
+        put(channel, weights, data=half)
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+    assert contents(open_bundle(place / "bundle", "always")) == old
+    with there() as (channel, _):
+        missing = wanted(channel, files)
+        assert missing.contents == {new: Part(size_bytes=len(half), sha256=sha256_bytes(half))}
+        assert isinstance(take(channel), Failed)
+    assert contents(open_bundle(place / "bundle", "always")) == old
+    with there() as (channel, _):
+        wanted(channel, files)
+        put(channel, weights, len(half))
+        assert take(channel) == Done()
+    assert (place / "bundle" / weights.name).read_bytes() == weights.read_bytes()
+    assert (place / "bundle" / notes.name).read_bytes() == notes.read_bytes()
+    assert not (place / "incoming").exists()
+
+
+def test_what_arrives_otherwise_than_announced_is_thrown_away(shared_bundle, place):
+    files = contents(open_bundle(shared_bundle))
+    path = shared_bundle / "h03-fp32.onnx"
+    with there() as (channel, process):
+        wanted(channel, files)
+        put(channel, path, data=bytes(path.stat().st_size))
+        failed = channel.receive()
+        assert isinstance(failed, Failed)
+        assert (failed.code, process.wait(timeout=60)) == (10, 10)
+        assert "arrived with another sha256" in failed.message
+    assert list((place / "incoming").iterdir()) == []
+    assert not (place / "bundle").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", ""])
+def test_no_name_leads_out_of_its_place(shared_bundle, tmp_path, place, name):
+    path = shared_bundle / "h03-fp32.onnx"
+    record = contents(open_bundle(shared_bundle))[path.name]
+    with there() as (channel, _):
+        wanted(channel, {name: record})
+        put(channel, path)
+        failed = take(channel)
+        assert isinstance(failed, Failed)
+        assert failed.code == 10
+    with there() as (channel, _):
+        channel.send(Want(place=name, files={}))
+        assert isinstance(channel.receive(), Failed)
+    assert not list(tmp_path.rglob("outside"))
+
+
+def test_who_falls_silent_is_taken_for_gone_and_the_profile_ends(shared_bundle, place):
+    """As when a cable is pulled: nothing closes. Who says that he is there is waited for."""
+    files = contents(open_bundle(shared_bundle))
+    copy(shared_bundle, files)
+    with there(silence_s=2.0) as (channel, process):
+        wanted(channel, files)
+        assert take(channel) == Done()
+        channel.send(Run(arguments=("--heads=2", "--precision=fp32", "--threads=1", "--device=cpu", "--preset=gate")))
+        silent = threading.Event()
+
+        def tell() -> None:
+            while not silent.wait(0.2):
+                channel.send(Alive())
+
+        teller = threading.Thread(target=tell)
+        teller.start()
+        try:
+            said = [channel.receive()]
+            while isinstance(said[-1], Line) and "measuring 0/" not in said[-1].text:
+                said.append(channel.receive())
+        finally:
+            silent.set()
+            teller.join()
+        assert isinstance(said[-1], Line), said
+        assert process.wait(timeout=60) == 0
+        assert not any(isinstance(heard, Ended) for heard in rest_of(channel))
+
+
+def test_a_script_that_a_shell_would_read_otherwise_is_refused():
+    for script in ("echo 'a'", "a\nb", "echo a!b", "printf a\\\\b"):
+        with pytest.raises(ValueError, match="not to be quoted"):
+            line_of(script)
+    ran = subprocess.run(line_of('printf %b "$1"', "it's\n-n ü\\0"), shell=True, capture_output=True)
+    assert ran.stdout == "it's\n-n ü\\0".encode()
+
+
+def test_noise_that_is_no_message_is_an_error_of_its_own():
+    source, sink = os.pipe()
+    os.write(sink, b"Segmentation fault\n")
+    channel = Channel(source, sink)
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        channel.receive()
+    os.close(source)
+    os.close(sink)
