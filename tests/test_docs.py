@@ -98,22 +98,25 @@ def test_other_pages_hold_no_command_that_nobody_runs():
     assert [page.name for page in PAGES if commands(page)] == ["README.md", "exporting.md"]
 
 
-def test_our_commands_on_the_jetson_page_exist_with_their_options():
-    """They need a Jetson to run. Here the command line's own parser reads them, which refuses what it lacks."""
+@pytest.mark.parametrize(
+    ("page", "least"), [("jetson.md", {"doctor", "profile", "pick", "run"}), ("remote.md", {"profile", "pick"})]
+)
+def test_our_commands_for_devices_exist_with_their_options(page, least):
+    """They need a device to run. Here the command line's own parser reads them, which refuses what it lacks."""
     import typer
 
     from hydradeploy.cli import app
 
-    lines = [line for block in blocks(ROOT / "docs" / "jetson.md", "sh") for line in block.splitlines()]
+    lines = [line for block in blocks(ROOT / "docs" / page, "sh") for line in block.splitlines()]
     found = [shlex.split(line, comments=True) for line in lines]
     ours = [words[words.index(word) + 1 :] for words in found for word in words if Path(word).name == "hydradeploy"]
-    assert {words[0] for words in ours} >= {"doctor", "profile", "pick", "run"}
+    assert {words[0] for words in ours} >= least
     group = typer.main.get_command(app)
     for name, *arguments in ours:
         group.commands[name].make_context(name, arguments)
     extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     installed = {extra for line in lines for extra in re.findall(r"hydradeploy\[(\w+)\]", line)}
-    assert installed
+    assert installed or page == "remote.md"
     for extra in installed:
         assert f"\n{extra} = " in extras
 

@@ -110,7 +110,7 @@ def bootstrap(connection: Connection, chosen: Wheel, say: Callable[[str], None])
     """
     script = files("hydradeploy.remote").joinpath("installing.py").read_bytes()
     data = chosen.path.read_bytes()
-    say(f"{connection.host}: looking after hydradeploy[{chosen.extras}] there")
+    say(f"{connection.host}: seeing to hydradeploy[{chosen.extras}] there; to install it may take minutes")
     code, out, said = connection.run(
         _BOOTSTRAP, script.hex(), chosen.path.name, sha256_bytes(data), chosen.extras, data=data
     )
