@@ -33,9 +33,10 @@ def root() -> Path:
 
 @dataclass
 class Place:
-    """A place and what of the wanted bundle was found in it, by SHA-256. Made by `opened`."""
+    """A place and what was found in it: the hashes of files, and a file for each hash. Made by `opened`."""
 
     path: Path
+    _hashes: dict[Path, str] = field(default_factory=dict)
     _held: dict[str, Path] = field(default_factory=dict)
 
     @property
@@ -54,7 +55,8 @@ class Place:
         """What of a bundle is to be sent, by SHA-256, with the part that is here; the rest is hashed, not believed."""
         wanted = {record.sha256: record.size_bytes for record in files.values()}
         with environment(f"reading {self.path}"):
-            self._held = dict(self._whole(wanted))
+            self._hashes = dict(self._whole(wanted))
+            self._held = {sha256: path for path, sha256 in self._hashes.items()}
             if self.incoming.exists():
                 kept = {*wanted, *(sha256 + _PART for sha256 in wanted)}
                 for entry in self.incoming.iterdir():
@@ -116,14 +118,14 @@ class Place:
         """Profiles and journals."""
         return sorted(path for path in self.profiles.glob("*.json*") if path.suffix in (".json", ".jsonl"))
 
-    def _whole(self, wanted: Mapping[str, int]) -> Iterator[tuple[str, Path]]:
-        """Files of the bundle, and such as have arrived, that are wanted."""
+    def _whole(self, wanted: Mapping[str, int]) -> Iterator[tuple[Path, str]]:
+        """Files that have arrived, and then such of the bundle, that are wanted."""
         for directory in (self.incoming, self.bundle):
             for path in directory.rglob("*"):
                 if path.is_file() and not path.is_symlink() and path.stat().st_size in wanted.values():
                     found = sha256_file(path)
                     if found in wanted and (directory != self.incoming or path.name == found):
-                        yield found, path
+                        yield path, found
 
     def _part(self, sha256: str) -> Part:
         part = self.incoming / (sha256 + _PART)
@@ -134,11 +136,7 @@ class Place:
     def _is_up_to_date(self, files: Mapping[str, FileRecord]) -> bool:
         """Whether each file is where it belongs. Then there is nothing else either, but what others keep in a bundle:
         its manifest is among them."""
-        paths = {name: self.bundle / name for name in files}
-        return all(
-            path.is_file() and not path.is_symlink() and sha256_file(path) == files[name].sha256
-            for name, path in paths.items()
-        )
+        return all(self._hashes.get(self.bundle / name) == record.sha256 for name, record in files.items())
 
     def _link(self, sha256: str, target: Path) -> None:
         if sha256 not in self._held:

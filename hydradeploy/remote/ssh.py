@@ -63,7 +63,10 @@ class Connection:
         """Run a script with `data` on its stdin; its exit code, stdout and stderr. Raises where the connection is
         lost."""
         session = self.start(script, *arguments)
-        out, _ = session.process.communicate(data)
+        try:
+            out, _ = session.process.communicate(data)
+        finally:
+            session.close()
         if session.process.returncode == 255:
             raise self.lost("run it again")
         return session.process.returncode, out, session.last_words()
@@ -127,8 +130,8 @@ def connected(host: str, ssh: str | None = None) -> Iterator[Connection]:
         base = [*command, "-T", *(f"-o{name}={value}" for name, value in options.items())]
         master = Session(_started([*_IGNORING_CTRL_C, *base, "-oControlMaster=yes", "--", host, line_of(_WAIT)]))
         try:
-            if not _is_ready(master.process.stdout):
-                raise _refused(host, shlex.join(command), master)
+            if (heard := _until_ready(master.process.stdout)) is not None:
+                raise _refused(host, shlex.join(command), master, heard)
             # Should it be lost, ssh would make another one of its own, and ask for passwords again.
             yield Connection(host, (*base, "-oControlMaster=no", "-oProxyCommand=false"), master.process)
         finally:
@@ -181,16 +184,21 @@ def _started(command: list[str], *, own_session: bool = False) -> subprocess.Pop
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=own_session)
 
 
-def _is_ready(stdout: IO[bytes] | None) -> bool:
-    """Whether the other end answers; before that a login shell may have printed anything."""
+def _until_ready(stdout: IO[bytes] | None) -> str | None:
+    """None when the other end answers; before that a login shell may print anything. Else the last that was printed."""
     assert stdout is not None
-    return any(line.rstrip() == _READY for line in stdout)
+    last = b""
+    for line in stdout:
+        if line.rstrip() == _READY:
+            return None
+        last = line.strip() or last
+    return last.decode(errors="replace")
 
 
-def _refused(host: str, client: str, master: Session) -> EnvironmentFailed:
-    """ssh's own words in one line, and what to do."""
+def _refused(host: str, client: str, master: Session, heard: str) -> EnvironmentFailed:
+    """What ssh, or else the device, says in one line, and what to do."""
     _ended(master.process)
-    said = master.last_words()
+    said = master.last_words() or heard
     by_hand = f"{client} {host}"
     if "HOST IDENTIFICATION HAS CHANGED" in said:
         return EnvironmentFailed(

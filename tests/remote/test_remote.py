@@ -367,6 +367,73 @@ def test_a_connection_that_drops_loses_nothing_that_was_measured(device: Device,
     assert sorted(set(cell.process)) == list(range(ROUNDS))
 
 
+THROTTLE = """
+import os, select, socket, sys, time
+peer = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+while True:
+    for source in select.select([0, peer], [], [])[0]:
+        data = os.read(0, 4096) if source == 0 else peer.recv(4096)
+        if not data:
+            sys.exit()
+        if source == 0:
+            peer.sendall(data)
+            time.sleep(len(data) / 400_000)
+        else:
+            os.write(1, data)
+"""
+
+
+def test_a_connection_that_drops_while_the_bundle_is_copied_loses_nothing_that_arrived(
+    device: Device, bundle, tmp_path
+):
+    """Over a slow line."""
+    (tmp_path / "throttle.py").write_text(THROTTLE)
+    fast = device.config.read_text()
+    device.config.write_text(f"ProxyCommand {sys.executable} {tmp_path}/throttle.py {device.port}\n{fast}")
+    run = device.profile(bundle, tmp_path / "profiles")
+    remote = device.home / ".cache/hydradeploy/remote"
+    until = time.monotonic() + PATIENCE_S
+    while sum(path.stat().st_size for path in remote.glob("*/incoming/*")) < 200_000:
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    device.drop()
+    err = ended(run, 12)[1].splitlines()
+    assert err[-2:] == ["error: orin: the connection was lost", "hint: run it again; what has arrived there is kept"]
+    device.wait_for_nobody()
+    assert not (device.place / "bundle").exists()
+    arrived = sum(path.stat().st_size for path in (device.place / "incoming").iterdir())
+    assert arrived >= 200_000
+    device.config.write_text(fast)
+    found = json.loads(ended(device.profile(bundle, tmp_path / "profiles", "--json"))[0])
+    manifest = open_bundle(device.place / "bundle", "always").manifest
+    size = sum(record.size_bytes for record in manifest.files.values()) + (bundle / MANIFEST).stat().st_size
+    assert found["copied"]["size_bytes"] == size - arrived
+
+
+def test_this_end_may_be_suspended_for_too_long(device: Device, bundle, tmp_path):
+    patient = "from hydradeploy.remote.there import main; raise SystemExit(main(6.0))"
+    device.install(
+        f'if test $1 = there; then exec {sys.executable} -c "{patient}"; fi; exec {sys.executable} -m hydradeploy "$@"'
+    )
+    run = device.profile(bundle, tmp_path / "profiles", "--preset", "gate")
+    wait_for(device, run, 0)
+    run.send_signal(signal.SIGSTOP)
+    device.wait_for_nobody(but="cat")  # the connection stands
+    run.send_signal(signal.SIGCONT)
+    err = ended(run, 12)[1]
+    assert "error: orin: has not heard of us for too long and gave up\nhint: what was measured is kept there" in err
+
+
+def test_an_account_that_runs_no_commands_says_so_itself(stopped: Device, bundle, tmp_path):
+    (stopped.root / "shell").write_text("#!/bin/sh\necho This account is currently not available.\n")
+    (stopped.root / "shell").chmod(0o755)
+    stopped.shell = str(stopped.root / "shell")
+    stopped.start()
+    error, _ = refused(stopped.profile(bundle, tmp_path / "profiles"), 12)
+    assert error == "orin: This account is currently not available."
+
+
 @pytest.mark.parametrize("to_group", [True, False], ids=["Ctrl-C", "SIGTERM"])
 def test_an_interrupt_here_ends_the_profile_there_and_brings_its_journal(device: Device, bundle, tmp_path, to_group):
     """With which it goes on even where the device has lost everything since."""
@@ -422,8 +489,31 @@ def test_a_second_run_of_the_same_bundle_is_refused(device: Device, bundle, tmp_
     ended(first)
 
 
-def test_a_disk_that_is_full_there_keeps_the_bundle_as_it_was(device: Device, bundle, supernet_file, tmp_path):
-    """As far as it can be had without a disk: no file may be larger than 100 KiB."""
+def test_a_disk_that_is_full_there(device: Device, bundle, tmp_path):
+    """One of 600 KiB, of which the bundle takes more."""
+    place = device.home / ".cache"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        error, hint = ended(device.profile(bundle, tmp_path / "profiles"), 12)[1].splitlines()[-2:]
+        assert error.startswith("error: orin: no space left on device while writing")
+        assert hint.startswith("hint: free some space")
+        device.wait_for_nobody()
+        assert not (device.place / "bundle").exists()
+        subprocess.run(["mount", "-o", "remount,size=8m", place], check=True)
+        found = json.loads(ended(device.profile(bundle, tmp_path / "profiles", "--json"))[0])
+        assert 0 < found["copied"]["size_bytes"] < 600_000, "what had arrived was kept"
+        open_bundle(device.place / "bundle", "always")
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_file_that_is_too_large_there_keeps_the_bundle_as_it_was(device: Device, bundle, supernet_file, tmp_path):
+    """No file may be larger than 100 KiB."""
     copied(device, bundle)
     before = open_bundle(device.place / "bundle").manifest
     export(supernet_file, bundle, heads=(3,), precisions=("bf16",))
