@@ -60,6 +60,7 @@ UNFINISHED = "unfinished"
 _ALIVE_EVERY_S = 5.0
 _AGAIN = "run it again; what has arrived there is kept"
 _RESUME = "what was measured is kept there; go on with --resume"
+_COMES = "what was measured is kept there and comes back with the next run"
 
 _Kind = TypeVar("_Kind", bound=Record)
 Say = Callable[[str], None]
@@ -299,7 +300,7 @@ class _Conversation:
         self._send(Run(arguments=tuple(arguments)))
         with _first_interrupt(lambda: self._channel.send(Stop())) as interrupted:
             code, out = self._ended()
-        self._hint = _AGAIN
+        self._hint = _COMES if code == 0 else _RESUME
         self._interrupted = bool(interrupted) and code != 0
         return code, out
 
