@@ -37,6 +37,12 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
+def image_shape(geometry: Geometry, kind: Input) -> tuple[int, int, int]:
+    """Of one image as a graph of that input takes it: (channels, s, s) normalised, or (s, s, channels) pixels."""
+    g = geometry
+    return (g.channels, g.image_size, g.image_size) if kind == "float32" else (g.image_size, g.image_size, g.channels)
+
+
 def layers(geometry: Geometry) -> tuple[str, ...]:
     """The layers whose products can be in int8, in forward order: timm's names of the linear layers."""
     parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

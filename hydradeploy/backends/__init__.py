@@ -20,7 +20,7 @@ from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import InputError, MissingError, UsageError
 from hydradeploy.files import inside
 from hydradeploy.spec import Geometry, Preprocessing, Subnet
-from hydradeploy.stored import Form, Input
+from hydradeploy.stored import Form, Input, image_shape
 
 # Every precision that an artifact can have.
 PRECISION_NAMES = ("fp32", "fp16", "bf16", "int8dyn", "int8")
@@ -235,9 +235,7 @@ def model(
     name: str, graph: Path | None, batch: Batch, g: Geometry, kind: Input = "float32", precision: str = "fp32"
 ) -> Model:
     """A graph file of a supernet of this geometry."""
-    size = g.image_size
-    shape = (g.channels, size, size) if kind == "float32" else (size, size, g.channels)
-    return Model(name, graph, batch, shape, g.classes, input=kind, precision=precision)
+    return Model(name, graph, batch, image_shape(g, kind), g.classes, input=kind, precision=precision)
 
 
 def prepared(pixels: NDArray[np.uint8], kind: Input, preprocessing: Preprocessing) -> Images:

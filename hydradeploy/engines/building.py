@@ -6,7 +6,6 @@ the process that asks stays small and whole; it tells of progress, also where th
 
 from __future__ import annotations
 
-import ctypes
 import os
 import selectors
 import signal
@@ -21,16 +20,16 @@ from typing import IO
 
 import msgspec
 
-import hydradeploy
 from hydradeploy.bundle import Artifact, Batch, Bundle
 from hydradeploy.engines import plans
 from hydradeploy.engines.plans import DEFAULTS, EngineOptions
 from hydradeploy.errors import HydraError, MissingError
+from hydradeploy.processes import die_with, fresh, signal_name
 from hydradeploy.spec import Record
+from hydradeploy.stored import image_shape
 
 Report = Callable[[str, int, int], None]
 
-_PR_SET_PDEATHSIG = 1
 _TICK_S = 1.0
 # Among artifacts of as many heads the narrowest first: it is the one that meets a deadline.
 _NARROW = ("int8", "fp16", "bf16", "fp32")
@@ -119,13 +118,11 @@ def build_missing(
 
 
 def _wanted(bundle: Bundle, artifact: Artifact) -> Wanted:
-    g = bundle.spec.geometry
-    size = g.image_size
     return Wanted(
         name=artifact.name,
         file=str(bundle.graph(artifact, "trt").resolve()),
         batch=artifact.batch,
-        image_shape=(g.channels, size, size) if artifact.input == "float32" else (size, size, g.channels),
+        image_shape=image_shape(bundle.spec.geometry, artifact.input),
         sha256=artifact.sha256,
         graph_sha256=artifact.graph_sha256,
     )
@@ -136,13 +133,14 @@ def _one_process(
 ) -> int:
     """Build with one process for as long as it lives; how many artifacts are dealt with then, which is one at least."""
     dealt, before, doing = 0, total - len(order.wanted), ""
+    command, env = fresh(__name__, str(os.getpid()))
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            _command(),
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=os.environ | {"PYTHONPATH": _path()},
+            env=env,
             start_new_session=True,  # a Ctrl-C on the terminal is for us, who kill it then
         )
         try:
@@ -205,23 +203,8 @@ def _words(process: subprocess.Popen[bytes], order: bytes) -> Iterator[_Word | N
                 yield msgspec.json.decode(line, type=_Word)
 
 
-def _command() -> list[str]:
-    # Not `-m`: that would let a file in the working directory stand in for a module of that name.
-    start = f"import sys; sys.path = list(filter(None, sys.path)); from {__name__} import main; sys.exit(main())"
-    return [sys.executable, "-c", start, str(os.getpid())]
-
-
-def _path() -> str:
-    package = str(Path(hydradeploy.__file__).parents[1])
-    return os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-
-
 def _ended(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit {code}"
-    with suppress(ValueError):
-        return f"ended with {signal.Signals(-code).name}"
-    return f"ended with signal {-code}"
+    return f"ended with exit {code}" if code >= 0 else f"ended with {signal_name(-code)}"
 
 
 def _last_words(errors: IO[bytes]) -> str:
@@ -239,10 +222,7 @@ def main() -> int:
     # Whatever a builder prints goes to stderr.
     stdout = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[1]):
-        return 1
+    die_with(int(sys.argv[1]))
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=_Order)
 
     def tell(word: _Word) -> None:

@@ -17,7 +17,7 @@ from hydradeploy.bundle import Batch, Dialect
 from hydradeploy.exporter.precision import Precision
 from hydradeploy.files import sha256_bytes
 from hydradeploy.spec import Record, Subnet
-from hydradeploy.stored import Dtype, Form, Input, stored
+from hydradeploy.stored import Dtype, Form, Input, image_shape, stored
 
 Attribute = int | float | tuple[int, ...]
 
@@ -127,14 +127,13 @@ class _Writer:
         self._head(x, "head" if narrow else "logits")
         if narrow:
             self._cast("head", "float32", "logits")
-        size = g.image_size
         return Graph(
             opset=self._opset,
             ir_version=self._ir_version,
             dtype=self._dtype,
             batch=self._batch,
             input=self._form.input,
-            image_shape=(g.channels, size, size) if self._form.input == "float32" else (size, size, g.channels),
+            image_shape=image_shape(g, self._form.input),
             classes=g.classes,
             nodes=tuple(self._nodes),
             weights=tuple(self._weights.values()),

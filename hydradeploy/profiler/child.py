@@ -24,11 +24,11 @@ from hydradeploy.backends import Backend, Model, Options, backend, model_of
 from hydradeploy.bundle import open_bundle
 from hydradeploy.devices import machine
 from hydradeploy.errors import HydraError, IntegrityError, MissingError
+from hydradeploy.processes import die_with, fresh, signal_name
 from hydradeploy.profiler.sampling import Measured, Sampling, measure
-from hydradeploy.profiler.watched import Ended, fresh, oom_kills, run_watched
+from hydradeploy.profiler.watched import Ended, oom_kills, run_watched
 from hydradeploy.spec import Preprocessing, Record
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_TIMERSLACK = 29
 
 
@@ -87,9 +87,7 @@ def _how(ended: Ended, patience_s: float, killed_before: int) -> str:
         return f"the measuring process ended with exit {ended.code}"
     if -ended.code == signal.SIGKILL and oom_kills() > killed_before:
         return "the measuring process was killed for lack of memory"
-    known = -ended.code in {int(known) for known in signal.Signals}
-    name = signal.Signals(-ended.code).name if known else f"signal {-ended.code}"
-    return f"the measuring process ended with {name}"
+    return f"the measuring process ended with {signal_name(-ended.code)}"
 
 
 def answer(request: Request, settled: Callable[[], bool] = lambda: True) -> Measured:
@@ -134,7 +132,8 @@ def main() -> int:
     # Whatever a runtime prints goes to stderr; the last line on stdout is the answer.
     stdout = os.dup(1)
     os.dup2(2, 1)
-    _die_with(int(sys.argv[1]))
+    die_with(int(sys.argv[1]))
+    _wake_on_time()
     try:
         request = msgspec.json.decode(sys.stdin.buffer.readline(), type=Request)
         if request.cores is not None:  # before a runtime counts them
@@ -148,14 +147,10 @@ def main() -> int:
     return 0
 
 
-def _die_with(parent: int) -> None:
-    with suppress(AttributeError, OSError):  # Linux only; elsewhere a killed parent leaves its child measuring
-        libc = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        # Else the kernel may wake a caller 50 us after its call is due.
-        libc.prctl(_PR_SET_TIMERSLACK, 1)
-    if os.getppid() != parent:  # it died before that was set
-        sys.exit("the process that asked is gone")
+def _wake_on_time() -> None:
+    """Else the kernel may wake a caller 50 us after its call is due."""
+    with suppress(AttributeError, OSError):  # Linux only
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)
 
 
 def _stdin_ended() -> bool:

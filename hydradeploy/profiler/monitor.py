@@ -30,8 +30,8 @@ from hydradeploy.devices import Machine
 from hydradeploy.devices.linux import core_kinds
 from hydradeploy.devices.reading import Reading, Tree
 from hydradeploy.errors import HydraError, MissingError
+from hydradeploy.processes import fresh
 from hydradeploy.profiler.processes import Family
-from hydradeploy.profiler.watched import fresh
 from hydradeploy.spec import Record
 
 INTERVAL_S = 0.25

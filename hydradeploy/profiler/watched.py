@@ -6,7 +6,6 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import hydradeploy
 from hydradeploy.devices.reading import Tree
 from hydradeploy.errors import MissingError
 
@@ -34,15 +32,6 @@ class Ended:
     def last_words(self) -> str:
         """The last line on stderr that says something."""
         return (self.err.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-
-
-def fresh(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of a fresh interpreter that runs the `main` of one of our modules."""
-    # Not `-m`: that would let a file in the working directory stand in for a module of that name.
-    start = f"import sys; sys.path = list(filter(None, sys.path)); from {module} import main; sys.exit(main())"
-    package = str(Path(hydradeploy.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    return [sys.executable, "-c", start, *arguments], os.environ | {"PYTHONPATH": path}
 
 
 def run_watched(

@@ -18,6 +18,7 @@ from hydradeploy.bundle import FileRecord
 from hydradeploy.engines import cache
 from hydradeploy.errors import EnvironmentFailed, ExitCode, HydraError, IntegrityError, environment
 from hydradeploy.files import CHUNK
+from hydradeploy.processes import signal_name
 from hydradeploy.remote.channel import (
     PROTOCOL,
     Alive,
@@ -46,10 +47,9 @@ _ENDING_S = 30.0
 _LOOK_S = 1.0
 # Dies with this process, however that ends; what it has started dies with it.
 _PROFILE = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() != int(sys.argv.pop(1)):
-    sys.exit("the process that asked is gone")
+import signal, sys
+from hydradeploy.processes import die_with
+die_with(int(sys.argv.pop(1)), signal.SIGTERM)
 from hydradeploy.cli import main
 main()
 """
@@ -164,7 +164,7 @@ class _Running:
             code = int(ExitCode.INTERRUPTED)
         if code < 0:
             raise EnvironmentFailed(
-                f"the profile there was killed by {_signal(-code)}",
+                f"the profile there was killed by {signal_name(-code)}",
                 hint="what was measured is kept there; go on with --resume",
             )
         return code, bytes(self._out)
@@ -224,9 +224,3 @@ class _Running:
                 self._channel.send(Line(text=line.decode(errors="replace")))
             except Hangup:
                 self._leave()
-
-
-def _signal(number: int) -> str:
-    with suppress(ValueError):
-        return signal.Signals(number).name
-    return f"signal {number}"
