@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import msgspec
 
 from hydradeploy.errors import IntegrityError, MissingError, UsageError, environment
-from hydradeploy.files import inside, locked, moved_aside, sha256_bytes, sha256_file, write_atomically
+from hydradeploy.files import inside, locked, moved_aside, sha256_bytes, sha256_file, user_cache, write_atomically
 from hydradeploy.spec import Record, Spec, Subnet, decode
 from hydradeploy.stored import ITEM_BYTES, Dtype, Form, Input, layers, stored
 
@@ -495,8 +495,8 @@ def _verify(bundle: Bundle, *, trust_stamp: bool) -> None:
 
 def _stamp_files(bundle: Bundle) -> tuple[Path, Path]:
     """In the bundle, and for a bundle that cannot be written to, in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydradeploy" / "stamps"
-    return bundle.path / STAMP, cache / f"{sha256_bytes(os.fsencode(bundle.path.resolve()))[:32]}.json"
+    name = sha256_bytes(os.fsencode(bundle.path.resolve()))[:32]
+    return bundle.path / STAMP, user_cache() / "stamps" / f"{name}.json"
 
 
 def _read_stamp(bundle: Bundle) -> Stamp | None:

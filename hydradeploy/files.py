@@ -26,6 +26,11 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
+def user_cache() -> Path:
+    """Where what can be had again is kept for this user: ~/.cache/hydradeploy, or in XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydradeploy"
+
+
 def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
     """Hexadecimal SHA-256 of `data`."""
     return hashlib.sha256(data).hexdigest()

@@ -120,3 +120,8 @@ def _scaled(value: float, units: Mapping[str, float]) -> str:
         if rounded >= 1:
             return f"{rounded:.{max(0, 2 - math.floor(math.log10(rounded)))}f} {name}"
     return ""
+
+
+def show_cuda_version(number: int) -> str:
+    """12060, as CUDA counts its versions, is 12.6."""
+    return f"{number // 1000}.{number % 1000 // 10}"

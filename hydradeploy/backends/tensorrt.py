@@ -19,6 +19,7 @@ from hydradeploy.engines import cudart, loading, module, plans
 from hydradeploy.engines.execution import Execution
 from hydradeploy.engines.module import RTX, TENSORRT
 from hydradeploy.errors import EnvironmentFailed, HydraError, MissingError
+from hydradeploy.units import show_cuda_version
 
 # What each precision is to TensorRT. A version without the type has no kernels for it.
 _TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "INT8"}
@@ -124,7 +125,7 @@ class TensorRT:
         found = {self.name: _version(self.name)}
         for what, version in zip(("cuda", "cuda-driver"), cudart.load().versions(), strict=True):
             if version:
-                found[what] = f"{version // 1000}.{version % 1000 // 10}"
+                found[what] = show_cuda_version(version)
         return found
 
     def prepare(self) -> None:

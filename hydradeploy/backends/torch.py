@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class _Session:
@@ -42,7 +42,7 @@ class _Session:
 
         chosen = with_defaults(BACKEND, options, model.precision)
         weights = weights_of(model)
-        dtype: torch.dtype = getattr(torch, _TYPES[str(chosen.compute_type)])
+        dtype: torch.dtype = getattr(torch, TYPES[str(chosen.compute_type)])
         self._model, self._threads = model, chosen.threads
         read_ahead(model)
         mapped = views(weights)

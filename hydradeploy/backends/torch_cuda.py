@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydradeploy.backends import Images, Model, Options, Weights, check_input, check_options, read_ahead, with_defaults
-from hydradeploy.backends.torch import file_key, first_line, forward, nested, weights_of, whole
+from hydradeploy.backends.torch import TYPES, file_key, first_line, forward, nested, weights_of, whole
 from hydradeploy.errors import EnvironmentFailed, MissingError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # tf32 is float32 whose products are done with ten bits of mantissa.
-_TYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_TYPES = {**TYPES, "tf32": "float32"}
 # A graph holds its input and output; of more batch sizes than this the one captured first goes.
 _GRAPHS = 4
 
@@ -88,7 +88,6 @@ class _Session:
             return self._run(images)
 
     def _run(self, images: Images) -> NDArray[np.float32]:
-        import torch
 
         ready = self._ready(len(images))
         np.copyto(ready.sent.numpy(), images)
@@ -99,9 +98,8 @@ class _Session:
             assert ready.logits is not None
             ready.graph.replay()
             logits = ready.logits
-        answer = logits.cpu()
-        torch.cuda.current_stream().synchronize()
-        return np.asarray(answer.numpy())
+        # Waits for the GPU, because the memory it copies into is not pinned.
+        return np.asarray(logits.cpu().numpy())
 
     def _logits(self, images: Tensor) -> Tensor:
         import torch

@@ -21,6 +21,7 @@ from hydradeploy.devices.nvml import Nvml, Untold, text
 from hydradeploy.devices.reading import Reading, Tree
 from hydradeploy.errors import MissingError
 from hydradeploy.measurements import Conditions, Device
+from hydradeploy.units import show_cuda_version
 
 # Numbers of nvml.h. The module has names for them, some of which changed from release to release.
 _TEMPERATURE_OF_GPU = 0
@@ -214,7 +215,7 @@ class Cuda:
             lambda nvml, gpu: int(nvml.nvmlSystemGetCudaDriverVersion_v2()),
             lambda nvml, gpu: int(nvml.nvmlSystemGetCudaDriverVersion()),
         )
-        told = {"driver": driver, "cuda-driver": f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else None}
+        told = {"driver": driver, "cuda-driver": show_cuda_version(cuda) if cuda else None}
         return {name: version for name, version in told.items() if version}
 
     def _answers(self, questions: Mapping[str, tuple[_Way, ...]]) -> dict[str, float]:

@@ -23,7 +23,7 @@ import msgspec
 
 from hydradeploy.bundle import FileRecord, write_file
 from hydradeploy.errors import IntegrityError, environment
-from hydradeploy.files import inside, link_or_copy, locked, sha256_bytes, staged, write_atomically
+from hydradeploy.files import inside, link_or_copy, locked, sha256_bytes, staged, user_cache, write_atomically
 from hydradeploy.spec import Record, decode
 
 SCHEMA = 1
@@ -234,7 +234,7 @@ def _is_fingerprint(name: str) -> bool:
 
 def user_root() -> Path:
     """Where engines of bundles are kept that cannot be written to."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydradeploy" / ENGINES
+    return user_cache() / ENGINES
 
 
 def roots(bundle: Path) -> tuple[Path, ...]:

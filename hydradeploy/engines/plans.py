@@ -12,22 +12,22 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import msgspec
 
 from hydradeploy.bundle import Batch
-from hydradeploy.engines import cudart
+from hydradeploy.engines import builder, cudart, module
+from hydradeploy.engines.builder import BuildSpec, Built
 from hydradeploy.engines.cache import Cache, EngineRecord, Key, roots
+from hydradeploy.engines.module import RTX, TENSORRT
+from hydradeploy.engines.progress import Progress
 from hydradeploy.errors import ForeignError, IntegrityError, MissingError, UsageError
+from hydradeploy.units import show_cuda_version
 
-if TYPE_CHECKING:
-    from hydradeploy.engines.builder import BuildSpec, Built
+KINDS = (TENSORRT, RTX)
 
-TENSORRT, RTX = KINDS = ("tensorrt", "tensorrt-rtx")
-
-Progress = Callable[[str, float | None], None]
-Build = Callable[["BuildSpec", bytes, Progress | None], "Built"]
+Build = Callable[[BuildSpec, bytes, Progress | None], Built]
 
 _log = logging.getLogger(__name__)
 
@@ -89,9 +89,7 @@ class Workshop:
 
 def why_no_build(kind: str) -> str | None:
     """None where engines of that kind can be built on this machine, else the sentence to show."""
-    from hydradeploy.engines import module
-
-    absent: str | None = module.why_not(kind)
+    absent = module.why_not(kind)
     return absent if absent is not None or kind == RTX else cudart.why_no_gpu()
 
 
@@ -113,8 +111,6 @@ def check_can_build(kind: str, targets: Sequence[str] = ()) -> None:
 
 
 def _check_targets(targets: Sequence[str]) -> None:
-    from hydradeploy.engines import module
-
     known = module.module(RTX).ComputeCapability.__members__
     names = [name.lower() for name in known if name.startswith("SM")]
     for target in targets:
@@ -124,8 +120,6 @@ def _check_targets(targets: Sequence[str]) -> None:
 
 def workshop(kind: str) -> Workshop:
     """The one of this machine; raises MissingError where there is none."""
-    from hydradeploy.engines import builder, module
-
     reason = why_no_build(kind)
     if reason is not None:
         raise MissingError(f"{kind}: {reason}")
@@ -138,8 +132,8 @@ def workshop(kind: str) -> Workshop:
         if kind == TENSORRT:
             runtime, driver = cuda.versions()
             here |= {
-                "cuda_runtime": _cuda_version(runtime),
-                "cuda_driver": _cuda_version(driver),
+                "cuda_runtime": show_cuda_version(runtime) if runtime else "none",
+                "cuda_driver": show_cuda_version(driver) if driver else "none",
                 "gpu": gpu.name,
                 "compute_capability": gpu.capability,
                 "sm_count": gpu.sm_count,
@@ -151,15 +145,8 @@ def workshop(kind: str) -> Workshop:
     return Workshop(kind, here, build, builder.flags, None if gpu is None else gpu.capability)
 
 
-def _cuda_version(number: int) -> str:
-    """12060 is 12.6; 0 is none."""
-    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
-
-
 def spec_of(model: Subject, options: EngineOptions) -> BuildSpec:
     """What is to be built; raises MissingError for a model without a graph."""
-    from hydradeploy.engines.builder import BuildSpec
-
     if model.graph is None:
         raise MissingError(f"{model.name} has no graph to build an engine of")
     shapes = {}

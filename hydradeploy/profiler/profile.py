@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from hydradeploy.backends import Backend, backend, usable
+from hydradeploy.backends import Backend, usable
 from hydradeploy.backends.ways import ALL, Ways, named, ways
 from hydradeploy.bundle import Artifact, Bundle, open_bundle
 from hydradeploy.devices import Machine, machine
@@ -230,7 +230,7 @@ def _runners(order: Order, here: Machine | None) -> tuple[Backend, ...]:
     and there is one, else the first usable one."""
     if order.backends is not None:
         return named(order.backends)
-    found = usable() or (backend(),)
+    found = named((ALL,))
     wanted = "cpu" if (here.kind if here else order.device) == "cpu" else "cuda"
     return tuple([runner for runner in found if runner.processor == wanted] or found)[:1]
 

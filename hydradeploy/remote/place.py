@@ -20,7 +20,7 @@ from pathlib import Path
 from hydradeploy.bundle import FileRecord, read_manifest
 from hydradeploy.engines.cache import ENGINES, carry_over
 from hydradeploy.errors import IntegrityError, UsageError, environment
-from hydradeploy.files import inside, link_or_copy, locked, sha256_file, staged, write_atomically
+from hydradeploy.files import inside, link_or_copy, locked, sha256_file, staged, user_cache, write_atomically
 from hydradeploy.remote.channel import Part
 
 _PART = ".part"
@@ -28,7 +28,7 @@ _PART = ".part"
 
 def root() -> Path:
     """Where such places are, and the environment that --bootstrap makes."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydradeploy" / "remote"
+    return user_cache() / "remote"
 
 
 @dataclass
