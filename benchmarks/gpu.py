@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import gemm
 from common import DEIT_B, RESULTS, TINY, Worker, answer, questions, ratio_interval, stack, write_csv
 from things import Files
 
@@ -132,13 +133,7 @@ def session(bundle: Path, artifact: str) -> Any:
 
 def call_s(run: Callable[[], object], seconds: float) -> float:
     """The median seconds of a call in about that time."""
-    found: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(found) < 5:
-        started = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+    return statistics.median(gemm.timed(run, seconds))
 
 
 def child(request: Mapping[str, Any]) -> None:
@@ -169,11 +164,13 @@ def resident(bundle: Path, heads: Sequence[int], kind: str) -> dict[str, float]:
     import numpy as np
     import torch
 
+    from hydradeploy import open_bundle
+
     torch.zeros(1, device="cuda")
     torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")
     free = torch.cuda.mem_get_info()[0]
     sessions = [session(bundle, f"h{k:02d}-{kind}") for k in heads]
-    g = DEIT_B if sessions[0]._model.image_shape[1] == DEIT_B.image_size else TINY
+    g = open_bundle(bundle).spec.geometry
     image = np.random.default_rng(0).standard_normal((1, g.channels, g.image_size, g.image_size), np.float32)
     for each in sessions:
         each.run(image)
@@ -222,23 +219,23 @@ def main() -> None:
         name = f"gpu-{machine()}-{stack('torch')}"
         held = []
         for kind in TYPES:
-            found = {"machine": machine(), "type": kind}
+            taken: dict[str, Any] = {"machine": machine(), "type": kind}
             for label, which in (("largest", [max(together)]), ("all", list(together))):
                 with Worker(__file__, {"bundle": str(bundle), "resident": which, "kind": kind}) as worker:
-                    found |= {f"{label}_{key}": value for key, value in worker.ready.items()}
-            found["ratio"] = round(found["all_bytes"] / found["largest_bytes"], 4)
-            print(json.dumps(found), flush=True)
-            held.append(found)
+                    taken |= {f"{label}_{key}": value for key, value in worker.ready.items()}
+            taken["ratio"] = round(taken["all_bytes"] / taken["largest_bytes"], 4)
+            print(json.dumps(taken), flush=True)
+            held.append(taken)
         write_csv(f"gpu-resident-{machine()}-{stack('torch')}", held, given.results)
 
         rows: list[dict[str, Any]] = []
         for batch in (int(text) for text in given.batches.split(",")):
             for k in heads:
                 subnet = files.geometry.subnet(k)
-                rows += measured(files, bundle, subnet, batch, given.rounds, k in compiled)
-                for each in rows[-6:]:
-                    if each["k"] == k and each["batch"] == batch:
-                        print(json.dumps(each), flush=True)
+                found = measured(files, bundle, subnet, batch, given.rounds, k in compiled)
+                for each in found:
+                    print(json.dumps(each), flush=True)
+                rows += found
                 write_csv(name, rows, given.results)
 
 

@@ -19,6 +19,7 @@ import pytest
 from hydradeploy.measurements import Cell, Profile, read_profile
 from hydradeploy.profiler.journal import read
 from hydradeploy.profiler.presets import PRESETS
+from tests.processes import alive
 
 ROUNDS = PRESETS["quick"].rounds
 MARK = "HYDRADEPLOY_TEST_RUN"
@@ -97,12 +98,7 @@ class Runs:
 
     def processes(self) -> dict[int, str]:
         """Those that are alive of all that these runs have started, by what they were started with."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if f"{MARK}={self.mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        return found
+        return alive(MARK, self.mark)
 
     def check_left(self) -> None:
         """Nothing of a run that has ended is there but its journal or its profile, and both can be read."""

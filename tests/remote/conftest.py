@@ -20,6 +20,7 @@ from uuid import uuid4
 import pytest
 
 from tests.conftest import missing
+from tests.processes import alive
 
 MARK = "HYDRADEPLOY_TEST_DEVICE"
 # A machine that does something else as well may need minutes for what takes seconds.
@@ -148,12 +149,7 @@ class Device:
 
     def processes(self) -> dict[int, str]:
         """Those that are alive of all that were started over ssh, by what they were started with."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if f"{MARK}={self.mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        return found
+        return alive(MARK, self.mark)
 
     def sessions(self) -> list[int]:
         """The sshd processes that serve connections."""
