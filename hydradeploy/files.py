@@ -88,36 +88,44 @@ def locked(target: Path, waiting: Callable[[str], None]) -> Iterator[None]:
     between two renames is put right as soon as the lock is held.
     """
     lock = _beside(target, "lock")
-    with environment(f"locking {target}"):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(lock, lambda: waiting(f"another process is writing {target}; waiting for it"))
+    held: list[int] = []
     try:
+        with environment(f"locking {target}"):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            _lock(lock, held, lambda: waiting(f"another process is writing {target}; waiting for it"))
         with environment(f"recovering {target}"):
             recover(target)
         yield
     finally:
-        # Removed while held: whoever waited on this file sees that it is no longer the lock and takes a new one.
-        with suppress(OSError):
-            lock.unlink()
-        os.close(descriptor)
-
-
-def _lock(lock: Path, waiting: Callable[[], None]) -> int:
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            try:
+        # Removed while held: whoever waited on this file sees that it is no longer the lock and takes a new one. Asked
+        # for once more, because a signal may have ended the wait for it.
+        for descriptor in held:
+            with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waiting()
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                    return descriptor
-        except BaseException:
+                if _is_the_lock(lock, descriptor):
+                    os.unlink(lock)
             os.close(descriptor)
-            raise
-        os.close(descriptor)
+
+
+def _lock(lock: Path, held: list[int], waiting: Callable[[], None]) -> None:
+    """Hold `lock`; its descriptor is in `held` from the moment it is open, so that no signal comes between."""
+    while True:
+        held.append(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        try:
+            fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(held[-1], fcntl.LOCK_EX)
+        if _is_the_lock(lock, held[-1]):
+            return
+        os.close(held.pop())
+
+
+def _is_the_lock(lock: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(lock))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

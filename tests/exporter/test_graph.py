@@ -205,8 +205,8 @@ class Exported:
         options = {"batch": batch, "standalone": standalone, "input": input, "data": data}
         try:
             self.bundle: Bundle = export(self.file, root / "bundle", precisions=(precision,), **options)
-        except ParityError:  # a handful of channels may be too few for int8, which is no matter here
-            if precision not in ("int8", "int8dyn"):
+        except ParityError:  # a handful of channels may be too few for few bits, which is no matter here
+            if precision not in ("int8", "int8dyn", "bf16"):
                 raise
             reject()
         self.weights: Weights = load(self.file)
