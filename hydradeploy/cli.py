@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -65,8 +65,16 @@ Verify = Annotated[str, typer.Option("--verify", metavar="stamp|always", help="H
 
 def main() -> None:
     """Run the command line and exit with one of the documented codes."""
+    interrupts: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, _interrupted)
-    sys.exit(_guarded(sys.argv[1:]))
+    sys.exit(_guarded(sys.argv[1:], lambda: bool(interrupts)))
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
@@ -905,21 +913,32 @@ def run(
         raise InputError(f"{failed} of {len(predictions)} images could not be read, the others are answered")
 
 
-def _guarded(arguments: Sequence[str]) -> int:
-    """Run a command; every way out is an exit code, and only a bug shows a traceback."""
+def _guarded(arguments: Sequence[str], interrupted: Callable[[], bool]) -> int:
+    """Run a command; every way out is an exit code, and only a bug shows a traceback.
+
+    Libraries in C may make another error of a KeyboardInterrupt that comes while they call back: `interrupted` knows.
+    """
     try:
         code = _app_for(arguments)(args=list(arguments) or ["--help"], standalone_mode=False, prog_name="hydradeploy")
         sys.stdout.flush()
         if code == ExitCode.INTERRUPTED:  # typer's answer to KeyboardInterrupt
             _say("interrupted")
         return code if isinstance(code, int) else ExitCode.OK
-    except HydraError as error:
-        return _fail(error)
-    except _CLICK_ERROR as error:
-        return _fail(UsageError(_sentence(error), hint=_help_hint(error)))
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return ExitCode.INTERRUPTED
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, KeyboardInterrupt) or interrupted():
+            _say("interrupted")
+            return ExitCode.INTERRUPTED
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> int:
+    """Say what went wrong, and give its exit code."""
+    try:
+        raise error
+    except HydraError as known:
+        return _fail(known)
+    except _CLICK_ERROR as wrong:
+        return _fail(UsageError(_sentence(wrong), hint=_help_hint(wrong)))
     except (BrokenPipeError, SystemExit):  # the second is typer's answer to the first
         # The reader of our output has left; so do we, and keep Python from complaining about it on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

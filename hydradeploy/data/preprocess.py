@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from hydradeploy.errors import InputError
 from hydradeploy.spec import Interpolation, Preprocessing, Spec
 
-_RESAMPLING: dict[Interpolation, Image.Resampling] = {
+RESAMPLING: dict[Interpolation, Image.Resampling] = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -62,11 +62,22 @@ def prepare(image: Image.Image, spec: Spec, name: str) -> NDArray[np.uint8]:
 
     Raises InputError, with the image's name, for one too thin to resize and for a supernet of neither 1 nor 3 channels.
     """
-    channels = spec.geometry.channels
+    converted = in_channels(image, spec.geometry.channels, name)
+    try:
+        return crop(converted, spec.geometry.image_size, spec.preprocessing)
+    except ValueError as error:
+        raise InputError(f"{name}: cannot be prepared ({error})") from error
+
+
+def in_channels(image: Image.Image, channels: int, name: str) -> Image.Image:
+    """A decoded image in grey (1) or RGB (3).
+
+    Raises InputError, with the image's name, for another number of channels and for an image that cannot be converted.
+    """
     if channels not in _MODES:
         raise InputError(f"{name}: images have 1 or 3 channels, this supernet wants {channels}")
     try:
-        return crop(image.convert(_MODES[channels]), spec.geometry.image_size, spec.preprocessing)
+        return image.convert(_MODES[channels])
     except ValueError as error:
         raise InputError(f"{name}: cannot be prepared ({error})") from error
 
@@ -82,10 +93,14 @@ def crop(image: Image.Image, size: int, preprocessing: Preprocessing) -> NDArray
     if scaled[0] * scaled[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"{width}x{height} pixels are so thin that they would be resized to {scaled[0]}x{scaled[1]}")
     if scaled != image.size:
-        image = image.resize(scaled, _RESAMPLING[preprocessing.interpolation])
+        image = image.resize(scaled, RESAMPLING[preprocessing.interpolation])
     left, top = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-    return pixels.reshape(size, size, -1)
+    return pixels_of(image.crop((left, top, left + size, top + size)))
+
+
+def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
+    """A grey or RGB image's pixels (height, width, channels)."""
+    return np.asarray(image).reshape(image.height, image.width, -1)
 
 
 def normalise(images: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:

@@ -506,7 +506,8 @@ def test_ctrl_c_is_exit_130_and_leaves_nothing(supernet_file, tmp_path):
     _, err = child.communicate()
     if child.returncode == 0:
         pytest.fail("the export ended before the signal came; make it longer")
-    assert child.returncode == 130
+    # Where Python code that a C library runs is interrupted, CPython ends itself by SIGINT: 130 too in any shell.
+    assert child.returncode in (130, -signal.SIGINT)
     assert err.rstrip().endswith("interrupted")
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
