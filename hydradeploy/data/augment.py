@@ -68,7 +68,7 @@ class Augmentation(Record, frozen=True, kw_only=True):
 def augmented(image: Image.Image, spec: Spec, how: Augmentation, random: Generator, where: str) -> NDArray[np.uint8]:
     """A decoded image as training shows it: (image_size, image_size, channels).
 
-    Nothing but `random` decides what is drawn. Raises InputError that says `where` the image is from, as `prepare` does.
+    Nothing but `random` decides what is drawn. Raises InputError as `prepare` does, saying `where` the image is from.
     """
     size = spec.geometry.image_size
     if how.crop_scale is None:
