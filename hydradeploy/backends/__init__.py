@@ -33,6 +33,7 @@ BACKEND_MODULES = {
     "torch-cuda": "hydradeploy.backends.torch_cuda",
     "tensorrt": "hydradeploy.backends.tensorrt",
     "tensorrt-rtx": "hydradeploy.backends.tensorrt_rtx",
+    "onnxruntime-cuda": "hydradeploy.backends.onnxruntime_cuda",
 }
 # The extra that brings each.
 EXTRAS = {
@@ -42,6 +43,7 @@ EXTRAS = {
     "torch-cuda": "export",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt-rtx",
+    "onnxruntime-cuda": "cuda",
 }
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +19,7 @@ from hydradeploy.bundle import Dialect
 from hydradeploy.devices.cpu import features
 from hydradeploy.errors import MissingError
 
-_ERRORS_ONLY = 3
+ERRORS_ONLY = 3
 # Its telemetry is on by default, with a database in the home directory. To be set before the package is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -50,7 +51,7 @@ class _Session:
             )
         # ONNX Runtime's exceptions have no common base below Exception.
         except Exception as error:
-            raise MissingError(f"onnxruntime cannot open {model.graph}: {_first_line(error)}") from error
+            raise MissingError(f"onnxruntime cannot open {model.graph}: {first_line(error)}") from error
 
     def __enter__(self) -> _Session:
         return self
@@ -67,7 +68,7 @@ class _Session:
         try:
             logits: NDArray[np.float32] = self._session.run(["logits"], {"image": np.ascontiguousarray(images)})[0]
         except Exception as error:
-            raise MissingError(f"onnxruntime cannot run {self._model.graph}: {_first_line(error)}") from error
+            raise MissingError(f"onnxruntime cannot run {self._model.graph}: {first_line(error)}") from error
         return logits
 
     def facts(self) -> Mapping[str, str]:
@@ -96,14 +97,7 @@ class _Onnxruntime:
         return None if find_spec("onnxruntime") else "the package onnxruntime is not installed"
 
     def software(self) -> Mapping[str, str]:
-        from importlib.metadata import PackageNotFoundError, version
-
-        for distribution in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-training"):
-            with suppress(PackageNotFoundError):
-                return {"onnxruntime": version(distribution)}
-        import onnxruntime
-
-        return {"onnxruntime": str(onnxruntime.__version__)}
+        return {"onnxruntime": version()}
 
     def prepare(self) -> None:
         import onnxruntime
@@ -118,11 +112,23 @@ class _Onnxruntime:
 BACKEND = _Onnxruntime()
 
 
+def version() -> str:
+    """The module's own, without importing it: of two distributions that hold it, the one installed last is there."""
+    spec = find_spec("onnxruntime")
+    if spec is not None and spec.origin:
+        found = re.search(r'^__version__ = "(.+)"$', Path(spec.origin).read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
 def _session_options(chosen: Options) -> Any:
     import onnxruntime
 
     found = onnxruntime.SessionOptions()
-    found.log_severity_level = _ERRORS_ONLY
+    found.log_severity_level = ERRORS_ONLY
     if chosen.threads is not None:
         found.intra_op_num_threads = chosen.threads
     found.enable_cpu_mem_arena = chosen.settings["arena"] == "on"
@@ -135,5 +141,6 @@ def _session_options(chosen: Options) -> Any:
     return found
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what it says, its name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
