@@ -244,7 +244,7 @@ def _opened(model: Model, chosen: Options, stream: int) -> Any:
     options.log_severity_level = ERRORS_ONLY
     if chosen.threads is not None:
         options.intra_op_num_threads = chosen.threads
-    # Before 1.24 it cannot be asked, only told, and then shapes may not be computed there either.
+    # 1.23 cannot be asked, only told, and then shapes may not be computed there either.
     wanted = "session.record_ep_graph_assignment_info" if tells else "session.disable_cpu_ep_fallback"
     options.add_session_config_entry(wanted, "1")
     session = onnxruntime.InferenceSession(
