@@ -328,10 +328,10 @@ def _why_no_provider() -> str | None:
     said = io.StringIO()
     with redirect_stdout(said):
         onnxruntime.preload_dlls()
-    # With a path it is a package's library, after which it looks where the loader does.
-    missing = re.search(r"^Failed to load [^/\s]+: (.+)$", said.getvalue(), re.MULTILINE)
-    return (
-        f"ONNX Runtime lacks a library of CUDA's, which 'onnxruntime-gpu[cuda,cudnn]' brings: {missing[1]}"
-        if missing
-        else None
-    )
+    # First it tries the libraries of packages, by their path, then those that the loader finds.
+    failed = re.findall(r"^Failed to load (\S+): (.+)$", said.getvalue(), re.MULTILINE)
+    missing = next((name for name, _ in failed if "/" not in name), None)
+    if missing is None:
+        return None
+    reason = next(words for path, words in failed if path.rpartition("/")[2] == missing)
+    return f"ONNX Runtime lacks a library of CUDA's, which 'onnxruntime-gpu[cuda,cudnn]' brings: {reason}"

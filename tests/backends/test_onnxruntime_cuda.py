@@ -396,6 +396,8 @@ def test_it_is_usable_where_gpu_provider_and_libraries_are(runtime, cuda, name, 
     assert reason() is None
     runtime.printed = LACKING
     assert (reason() or "").endswith("brings: libcurand.so.10: cannot open shared object file")
+    runtime.printed = PRELOADED + LACKING.replace("curand.so.10", "cublas.so.13")
+    assert (reason() or "").endswith("brings: truncated"), "what is wrong with the one that is there"
     runtime.available = [CPU]
     assert "computes on the processor only; onnxruntime-gpu, the same module, does on both" in (reason() or "")
     before = runtime.preloads
