@@ -1,16 +1,21 @@
-"""Labelled images: scikit-learn's digits, generated glyphs, image folders, .npz files.
+"""Labelled images: scikit-learn's digits, generated glyphs, image folders, shards, .npz files.
 
 digits            1,797 scans of handwritten digits, 8 x 8 pixels, grey; in the `train` extra
 glyphs            48,600 generated images of printed characters in 36 classes, 24 x 24 pixels, grey, drawn in the fonts
                   of matplotlib; in the `train` extra
-FOLDER            one folder per class, below FOLDER/train, FOLDER/val, FOLDER/test or in FOLDER itself
+FOLDER            one folder per class, below FOLDER/train, FOLDER/val, FOLDER/test or in FOLDER itself; or the images
+                  of ImageNet's validation without folders, with Kaggle's LOC_val_solution.csv beside or above them
+FOLDER            WebDataset shards: FOLDER/train-0000.tar, FOLDER/imagenet1k-validation-00.tar, FOLDER/train/0000.tar
+                  and the like (hydradeploy.data.shards)
 FILE.npz          images uint8 (n, h, w) or (n, h, w, channels), labels (n,), optional class_names; for several
                   splits train_images, train_labels and so on
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import csv
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,15 +25,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hydradeploy.data import glyphs
+from hydradeploy.data import glyphs, shards
+from hydradeploy.data.preprocess import SUFFIXES as SUFFIXES
 from hydradeploy.data.preprocess import open_image, prepare
-from hydradeploy.errors import InputError, MissingError, UsageError
+from hydradeploy.errors import InputError, MissingError, UsageError, environment
 from hydradeploy.spec import Spec
 
 BUILT_IN = ("digits", "glyphs")
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SOLUTION = "LOC_val_solution.csv"
+"""Kaggle's table of ImageNet's validation labels, columns ImageId and PredictionString."""
 
 # Of 1,797 digits; the test part is a fifth, large enough to tell 96 % from 93 %.
 _DIGITS_SPLITS: Mapping[Split, tuple[int, int]] = {"train": (0, 1257), "val": (1257, 1437), "test": (1437, 1797)}
@@ -36,20 +43,30 @@ _DIGITS_SPLITS: Mapping[Split, tuple[int, int]] = {"train": (0, 1257), "val": (1
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images with labels 0 .. len(class_names) - 1; `read(i)` gives image i as it is stored."""
+    """Images with labels 0 .. len(class_names) - 1.
+
+    `read(i)` gives image i as it is stored, decoded, and raises InputError that says where it is from if it is damaged.
+    It may be called by several threads, and by processes forked since. `places(i)` is where image i is from; None where
+    it has no place of its own.
+    """
 
     name: str
     split: Split
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
     read: Callable[[int], Image.Image]
+    places: Callable[[int], str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def where(self, index: int) -> str:
+        """What errors call image `index`: its file, its shard and key, or its number."""
+        return f"{self.name}: image {index}" if self.places is None else self.places(index)
+
     def pixels(self, index: int, spec: Spec) -> NDArray[np.uint8]:
         """Image `index`, resized and cropped as the spec says: (image_size, image_size, channels)."""
-        return prepare(self.read(index), spec, f"{self.name}: image {index}")
+        return prepare(self.read(index), spec, self.where(index))
 
     def labels_for(self, spec: Spec) -> NDArray[np.int64]:
         """The labels as the supernet numbers its classes: by name where both have the same names, else by position.
@@ -80,11 +97,15 @@ def open_dataset(source: str, split: Split) -> Dataset:
         return _glyphs(split)
     path = Path(source)
     if path.is_dir():
+        found = shards.find(path)
+        if (serving := _serving(split, found, path)) is not None:
+            return _sharded(path, split, found, serving)
         return _folder(path, split)
     if path.is_file():
         return _npz(path, split)
     raise UsageError(
-        f"{source}: no such data set", hint=f"{', '.join(BUILT_IN)}, a folder with a folder per class, or an .npz file"
+        f"{source}: no such data set",
+        hint=f"{', '.join(BUILT_IN)}, a folder with a folder per class or with shards, or an .npz file",
     )
 
 
@@ -96,7 +117,21 @@ def spread(total: int, count: int) -> NDArray[np.int64]:
 
 def image_files(folder: Path) -> list[Path]:
     """The image files below a folder, in a fixed order."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return [Path(name) for name in _image_names(folder)]
+
+
+def _image_names(folder: str | Path) -> Iterator[str]:
+    """As paths are sorted: by the names of folders and files on the way, each by itself.
+
+    What an entry is tells the directory itself, so that no file is asked for; links to folders are not followed.
+    """
+    with environment(f"listing {folder}"), os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _image_names(entry.path)
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
+            yield entry.path
 
 
 def _digits(split: Split) -> Dataset:
@@ -119,18 +154,89 @@ def _glyphs(split: Split) -> Dataset:
 
 def _folder(path: Path, split: Split) -> Dataset:
     root = _split_folder(path, split)
-    classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    with environment(f"listing {root}"), os.scandir(root) as entries:
+        classes = sorted(root / entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise InputError(f"{root}: no class folders in it", hint="one folder of images per class")
-    files, labels = [], []
+        return _flat(path, root, split)
+    files: list[str] = []
+    labels: list[int] = []
     for label, folder in enumerate(classes):
-        found = image_files(folder)
-        if not found:
+        before = len(files)
+        files += _image_names(folder)
+        if len(files) == before:
             raise InputError(f"{folder}: no image in this class folder ({', '.join(SUFFIXES)})")
-        files += found
-        labels += [label] * len(found)
-    names = tuple(folder.name for folder in classes)
-    return Dataset(path.name, split, names, np.array(labels, np.int64), lambda i: open_image(files[i]))
+        labels += [label] * (len(files) - before)
+    return _of_files(path, split, tuple(folder.name for folder in classes), labels, files)
+
+
+def _of_files(path: Path, split: Split, names: tuple[str, ...], labels: list[int], files: list[str]) -> Dataset:
+    def read(index: int) -> Image.Image:
+        return open_image(Path(files[index]))
+
+    return Dataset(path.name, split, names, np.array(labels, np.int64), read, files.__getitem__)
+
+
+def _flat(path: Path, root: Path, split: Split) -> Dataset:
+    """Images without class folders, labelled by Kaggle's table in `root` or above it."""
+    above = root.absolute().parents[:4]  # Kaggle's images are in ILSVRC/Data/CLS-LOC/val
+    table = next((place / SOLUTION for place in (root, *above) if (place / SOLUTION).is_file()), None)
+    files = list(_image_names(root))
+    if table is None or not files:
+        raise InputError(
+            f"{root}: no class folders in it", hint=f"one folder of images per class, or ImageNet's {SOLUTION} beside"
+        )
+    classes = _solution(table)
+    names = tuple(sorted(set(classes.values())))
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = []
+    for file in files:
+        name = classes.get(Path(file).stem)
+        if name is None:
+            raise InputError(f"{file}: {table} has no label for it", hint="it labels the images of val, not of test")
+        labels.append(numbers[name])
+    return _of_files(path, split, names, labels, files)
+
+
+def _solution(table: Path) -> dict[str, str]:
+    """The class of each image by the name of its file without the suffix."""
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            # After the class come the corners of boxes and, for several, more of the same class.
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, AttributeError, IndexError) as error:
+        raise InputError(
+            f"{table}: cannot be read as a table of labels ({error!r})",
+            hint="its columns are ImageId and PredictionString, a class first",
+        ) from error
+
+
+def _serving(split: Split, found: Mapping[Split, tuple[Path, ...]], path: Path) -> Split | None:
+    """The split whose shards serve as `split`; None where there are none, or a folder of images does."""
+    if split in found:
+        return split
+    if not found or (path / split).is_dir():
+        return None
+    if split == "test" and "val" in found:  # ImageNet's labelled test images are called so
+        return "val"
+    raise InputError(f"{path}: no shards of the split {split}", hint=f"the folder has {', '.join(found)}")
+
+
+def _sharded(path: Path, split: Split, found: Mapping[Split, tuple[Path, ...]], serving: Split) -> Dataset:
+    opened = shards.Shards(found[serving])
+    names = shards.class_names(found[serving][0].parent)
+    if names is None:
+        # Numbers, as many as any of the splits has: a small one may lack the last classes.
+        others = (shards.Shards(found[other]) for other in found if other != serving)
+        most = max(int(one.labels.max()) for one in (opened, *others))
+        names = tuple(map(str, range(most + 1)))
+    beyond = np.flatnonzero(opened.labels >= len(names))
+    if len(beyond):
+        first = int(beyond[0])
+        raise InputError(
+            f"{opened.where(first)}: its label is {opened.labels[first]}, but there are {len(names)} classes",
+            hint=f"see {' or '.join(shards.CLASS_FILES)} beside the shards",
+        )
+    return Dataset(path.name, split, names, opened.labels, opened.read, opened.where)
 
 
 def _split_folder(path: Path, split: Split) -> Path:

@@ -7,8 +7,13 @@ their EXIF tag.
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +23,9 @@ from PIL import Image, UnidentifiedImageError
 
 from hydradeploy.errors import InputError
 from hydradeploy.spec import Interpolation, Preprocessing, Spec
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Of the image files that are looked for, in small letters; any that Pillow reads can be opened by name."""
 
 RESAMPLING: dict[Interpolation, Image.Resampling] = {
     "nearest": Image.Resampling.NEAREST,
@@ -38,23 +46,69 @@ def load_image(path: Path, spec: Spec) -> NDArray[np.uint8]:
 
 def open_image(path: Path) -> Image.Image:
     """One image file, decoded; raises InputError for what is not there, not an image or truncated."""
+    return _decoded(path, str(path))
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The bytes of one image file, decoded; raises InputError, with its name, for no image and a truncated one."""
+    return _decoded(io.BytesIO(data), name)
+
+
+def _decoded(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
-            # Pillow only warns of an image that unpacks to gigabytes; here it is refused.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                # By way of RGBA, a palette's transparent colours keep their colour; Pillow warns of the direct way.
-                return file.convert("RGBA") if "transparency" in file.info else file.copy()
+        with _FILTERS.set(), Image.open(source) as file:
+            # By way of RGBA, a palette's transparent colours keep their colour; Pillow warns of the direct way.
+            return file.convert("RGBA") if "transparency" in file.info else file.copy()
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such image") from error
+        raise InputError(f"{name}: no such image") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not an image that Pillow can read") from error
+        raise InputError(f"{name}: not an image that Pillow can read") from error
     except MemoryError:
         raise
     # Pillow's decoders raise whatever damaged bytes lead them to: struct.error, zlib.error, IndexError and more.
     except Exception as error:
-        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+        raise InputError(f"{name}: cannot be read as an image ({error})") from error
+
+
+class _Filters:
+    """Warnings of odd metadata unheard, and that of an image that unpacks to gigabytes an error, while anyone reads.
+
+    The filters belong to the process: the first thread to come sets them, and the last to go puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._kept = warnings.catch_warnings()
+
+    @contextmanager
+    def set(self) -> Iterator[None]:
+        with self._lock:
+            if not self._inside:
+                self._kept = warnings.catch_warnings()
+                self._kept.__enter__()
+                warnings.simplefilter("ignore")
+                # Pillow only warns of it; here it is refused.
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._kept.__exit__(None, None, None)
+
+
+_FILTERS = _Filters()
+
+
+def _renew_filters() -> None:
+    """In a forked process, where the lock may be held by a thread that is not there."""
+    global _FILTERS
+    _FILTERS = _Filters()
+
+
+os.register_at_fork(after_in_child=_renew_filters)
 
 
 def prepare(image: Image.Image, spec: Spec, name: str) -> NDArray[np.uint8]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from hydradeploy.data import datasets, samples
-from hydradeploy.data.datasets import BUILT_IN, SPLITS, open_dataset
+from hydradeploy.data.datasets import BUILT_IN, SPLITS, SUFFIXES, image_files, open_dataset
 from hydradeploy.data.preprocess import load_image
 from hydradeploy.errors import InputError, MissingError, UsageError
 from tests.conftest import geometry, require, spec
@@ -81,6 +87,70 @@ def test_a_folder_without_splits_is_no_training_set(tmp_path, split):
     picture(tmp_path / "a" / "0.png")
     with pytest.raises(InputError, match="no such split"):
         open_dataset(str(tmp_path), split)
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(["a", "a-b", "a.png", "B.JPEG", "b.png", ".c", "z.txt", "ä.Jpg"]), max_size=4))
+)
+def test_images_come_in_the_order_of_their_paths(paths):
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        for path in paths:
+            with suppress(OSError):  # a folder of that name is there, or a file where a folder would be
+                root.joinpath(*path[:-1]).mkdir(parents=True, exist_ok=True)
+                root.joinpath(*path).touch()
+        expected = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        assert image_files(root) == expected
+
+
+def test_links_to_images_are_images_and_links_to_folders_are_not_followed(tmp_path):
+    picture(tmp_path / "there" / "0.png")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "1.png").symlink_to(tmp_path / "there" / "0.png")
+    (tmp_path / "here" / "2.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "here" / "round").symlink_to(tmp_path / "here")
+    assert image_files(tmp_path / "here") == [tmp_path / "here" / "1.png"]
+
+
+def test_imagenets_suffixes_in_capitals_are_found(tmp_path):
+    for split in ("train", "val"):
+        for label in ("n01440764", "n01443537"):
+            picture(tmp_path / split / label / "a.JPEG")
+    assert [len(open_dataset(str(tmp_path), split)) for split in SPLITS] == [2, 2, 2]
+
+
+def kaggle(tmp_path, rows="ILSVRC2012_val_1,n2 1 2 3 4 n2 5 6 7 8\nILSVRC2012_val_2,n1 1 2 3 4\n"):
+    """ImageNet as Kaggle's archive has it: the validation images in one folder, their labels in a table far above."""
+    root = tmp_path / "kaggle" / "ILSVRC" / "Data" / "CLS-LOC"
+    for label in ("n1", "n2"):
+        picture(root / "train" / label / f"{label}_1.JPEG")
+    for i in (1, 2):
+        picture(root / "val" / f"ILSVRC2012_val_{i}.JPEG", i)
+    picture(root / "test" / "ILSVRC2012_test_1.JPEG")
+    (tmp_path / "kaggle" / "LOC_val_solution.csv").write_text(f"ImageId,PredictionString\n{rows}")
+    return root
+
+
+def test_kaggles_flat_validation_images_take_their_labels_from_its_table(tmp_path):
+    root = kaggle(tmp_path)
+    found, train = open_dataset(str(root), "val"), open_dataset(str(root), "train")
+    assert found.class_names == train.class_names == ("n1", "n2")
+    assert list(found.labels) == [1, 0]
+    assert found.where(0) == str(root / "val" / "ILSVRC2012_val_1.JPEG")
+    by_itself = open_dataset(str(root / "val"), "test")
+    assert list(by_itself.labels) == [1, 0]
+    with pytest.raises(InputError, match=r"test_1\.JPEG: .*has no label for it") as refused:
+        open_dataset(str(root), "test")
+    assert "val, not of test" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("rows", ["ILSVRC2012_val_1,\n", "ILSVRC2012_val_1\n", "\xff"])
+def test_a_table_of_labels_that_has_none_is_refused(tmp_path, rows):
+    root = kaggle(tmp_path)
+    table = tmp_path / "kaggle" / "LOC_val_solution.csv"
+    table.write_bytes(f"ImageId,PredictionString\n{rows}".encode("latin-1"))
+    with pytest.raises(InputError, match=r"LOC_val_solution\.csv: cannot be read as a table"):
+        open_dataset(str(root), "val")
 
 
 def test_an_empty_class_folder_is_refused_by_name(tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from decimal import ROUND_HALF_EVEN, Decimal
 
 import numpy as np
@@ -252,3 +254,23 @@ def test_a_text_chunk_that_unpacks_to_too_much_is_refused(tmp_path):
     chunk = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
     path.write_bytes(data[:33] + chunk + data[33:])
     refused(path)
+
+
+def test_threads_that_read_at_once_leave_the_filters_of_warnings_as_they_were(tmp_path, monkeypatch):
+    """A thread that put them back while others read would have these warn of what is to be refused."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40)
+    fine, large = stored(tmp_path / "f.jpg", picture(40, 40)), stored(tmp_path / "l.jpg", picture(48, 48))
+
+    def refused(path):
+        try:
+            load_image(path, spec())
+        except InputError as error:
+            return error.message
+        return None
+
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(refused, [fine, large] * 300))
+    assert all(said is None for said in found[::2])
+    assert all("decompression bomb" in said for said in found[1::2])
+    assert warnings.filters == before

@@ -1,0 +1,356 @@
+"""WebDataset shards: uncompressed tar files that are read by the number of a sample, in any order.
+
+The members of a shard that share a name up to its first dot are one sample: an image, and its label as a number in a
+text member `cls` or as `label` in a member `json`. Samples are numbered by the names of the shards and, in a shard, by
+their place. Opening reads nothing but the headers and labels; where each image lies is kept in the user's cache, and a
+shard that has changed since is read again.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hydradeploy.data.preprocess import SUFFIXES, decode_image
+from hydradeploy.errors import InputError, environment
+from hydradeploy.files import sha256_bytes, user_cache, write_atomically
+
+if TYPE_CHECKING:
+    from hydradeploy.data.datasets import Split
+
+CLASS_FILES = ("classes.txt", "synset_words.txt")
+"""Beside shards or one folder up: one class a line, in the order of the labels; of the second the first word counts."""
+
+_NAMED = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)[-_.]?\d+(?:-of-\d+)?\.tar")
+_SPLITS: Mapping[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_COMPRESSED = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tgz")
+_IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
+_FORMAT = "1"  # of the cached index
+_MOST_LABEL_BYTES = 1 << 20
+_MOST_CLASSES = 1_000_000  # a damaged label should not make billions of names
+_MOST_OPEN = 128  # a process may have 1,024 files open, and ImageNet has as many shards
+_BLOCK = 512  # of a tar file
+
+
+def find(folder: Path) -> dict[Split, tuple[Path, ...]]:
+    """The shards of each split in a folder, by name; an empty dictionary where there are none.
+
+    A split's shards are named after it (train-0000.tar, imagenet1k-validation-00.tar) or are all of those in a folder
+    that is (train/0000.tar). Where neither is so, all of the folder's are the test split. A folder with folders in it
+    holds images by class; archives beside them are what these were unpacked from. Raises InputError where there are
+    compressed shards only.
+    """
+    found: dict[Split, tuple[Path, ...]] = {}
+    here, alone = _tar_files(folder)
+    for path in here:
+        if (match := _NAMED.fullmatch(path.name)) is not None:
+            split = _SPLITS[match[1]]
+            found[split] = (*found.get(split, ()), path)
+    for word, split in _SPLITS.items():
+        if split not in found and (folder / word).is_dir():
+            below, only = _tar_files(folder / word)
+            if below and only:
+                found[split] = below
+    return found or ({"test": here} if here and alone else {})
+
+
+def _tar_files(folder: Path) -> tuple[tuple[Path, ...], bool]:
+    """A folder's tar files by name, and whether there is no folder beside them."""
+    names: list[str] = []
+    alone = True
+    with environment(f"listing {folder}"), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith((".tar", *_COMPRESSED)):
+                names.append(entry.name)
+            elif not entry.name.startswith(".") and entry.is_dir():
+                alone = False
+    names.sort()
+    if names and alone and not any(name.endswith(".tar") for name in names):
+        raise InputError(
+            f"{folder / names[0]}: a compressed shard cannot be read from its middle", hint="unpack it to a .tar"
+        )
+    return tuple(folder / name for name in names if name.endswith(".tar")), alone
+
+
+class Shards:
+    """The samples of some shards, numbered by the shards' order and their place in them.
+
+    `labels` are (n,). Raises InputError, naming the shard and the key of the sample, for what is no uncompressed tar
+    file or a truncated one, for a shard without samples and for a sample without an image or a label.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = tuple(paths)
+        self._stamps = [_stamp(path) for path in paths]
+        indices = _indexed(self._paths, self._stamps)
+        self._first = np.cumsum([0, *(len(index.keys) for index in indices)])
+        self._places = np.concatenate([index.places for index in indices])
+        self._keys = np.concatenate([index.keys for index in indices])
+        self.labels: NDArray[np.int64] = np.concatenate([index.labels for index in indices])
+        # Not a cached method: that would keep every data set for as long as the process runs.
+        self._file = lru_cache(_MOST_OPEN)(self._opened)
+
+    def where(self, sample: int) -> str:
+        """The shard and the key of a sample."""
+        key = bytes(self._keys[sample]).decode(errors="replace")
+        return f"{self._paths[self._shard(sample)]}: {key}"
+
+    def read(self, sample: int) -> Image.Image:
+        """A sample's image, decoded; by any thread, and by processes that were forked since.
+
+        Raises InputError, naming shard and key, where it cannot be, and where the shard has changed meanwhile.
+        """
+        offset, length = self._places[sample].tolist()
+        file = self._file(self._shard(sample))
+        data = bytearray()
+        try:
+            while len(data) < length and (more := os.pread(file.descriptor, length - len(data), offset + len(data))):
+                data += more
+        except OSError as error:
+            raise InputError(f"{self.where(sample)}: cannot be read ({error.strerror})") from error
+        if len(data) < length:
+            raise InputError(f"{self.where(sample)}: the shard ends in this image")
+        return decode_image(bytes(data), self.where(sample))
+
+    def _shard(self, sample: int) -> int:
+        return int(np.searchsorted(self._first, sample, "right")) - 1
+
+    def _opened(self, shard: int) -> _File:
+        path = self._paths[shard]
+        try:
+            file = _File(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be opened ({error.strerror})") from error
+        if _stamp_of(os.fstat(file.descriptor)) != self._stamps[shard]:
+            raise InputError(f"{path}: has changed since it was opened", hint="start again")
+        return file
+
+
+class _File:
+    """A file that is closed when nobody holds it any more, though others may have replaced it in a cache."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def class_names(folder: Path) -> tuple[str, ...] | None:
+    """The names of the classes from the file that lies beside shards or one folder up, if there is one.
+
+    Raises InputError where it has a name twice or none.
+    """
+    for path in (place / name for place in (folder, folder.parent) for name in CLASS_FILES):
+        if path.is_file():
+            return _names(path)
+    return None
+
+
+def _names(path: Path) -> tuple[str, ...]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    names = [line.split()[0] if path.name == "synset_words.txt" else line for line in lines if line]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice or not names:
+        raise InputError(
+            f"{path}: {f'has the class {twice[0]!r} twice' if twice else 'holds no class'}",
+            hint="one class a line, each of another name, such as ImageNet's n01440764",
+        )
+    return tuple(names)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The samples of one shard: `places` (n, 2) offset and length of the image in bytes, labels (n,), keys (n,)."""
+
+    places: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    keys: NDArray[np.bytes_]
+
+
+_Stamp = tuple[int, int]  # size in bytes, time of the last change in nanoseconds
+
+
+def _stamp(path: Path) -> _Stamp:
+    try:
+        return _stamp_of(path.stat())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened ({error.strerror})") from error
+
+
+def _stamp_of(status: os.stat_result) -> _Stamp:
+    return status.st_size, status.st_mtime_ns
+
+
+def _indexed(paths: Sequence[Path], stamps: Sequence[_Stamp]) -> list[_Index]:
+    """The index of each shard, from the cache where it has not changed."""
+    cache = _cache_file(paths)
+    cached = {} if cache is None else _load(cache)
+    known = [cached.get((path.name, *stamp)) for path, stamp in zip(paths, stamps, strict=True)]
+    indices = [index or _scan(path) for index, path in zip(known, paths, strict=True)]
+    if cache is not None and (None in known or len(cached) > len(known)):
+        # What is kept only spares time: a disk that is full or may not be written to is no reason to stop.
+        with suppress(OSError):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, _dumped(paths, stamps, indices))
+    return indices
+
+
+def _cache_file(paths: Sequence[Path]) -> Path | None:
+    """One file for the shards of a split; what is in it says which state of them it is of."""
+    kind = _NAMED.fullmatch(paths[0].name)
+    named = "\n".join((_FORMAT, os.path.realpath(paths[0].parent), kind[1] if kind else ""))
+    try:
+        return user_cache() / "shards" / f"{sha256_bytes(os.fsencode(named))}.npz"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def _load(cache: Path) -> dict[tuple[str, int, int], _Index]:
+    """What is cached, by name and stamp; nothing where it is not there or damaged."""
+    try:
+        with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            names, stamps, counts = arrays["names"], arrays["stamps"], arrays["counts"]
+            places, labels, keys = arrays["places"], arrays["labels"], arrays["keys"]
+        ends = np.cumsum(counts)
+        if not len(places) == len(labels) == len(keys) == ends[-1]:
+            return {}
+        return {
+            (str(name), int(stamp[0]), int(stamp[1])): _Index(
+                places[end - count : end], labels[end - count : end], keys[end - count : end]
+            )
+            for name, stamp, count, end in zip(names, stamps, counts, ends, strict=True)
+        }
+    # A damaged archive raises whatever its bytes lead zipfile and numpy to, a MemoryError for an absurd size too.
+    except Exception:
+        return {}
+
+
+def _dumped(paths: Sequence[Path], stamps: Sequence[_Stamp], indices: Sequence[_Index]) -> bytes:
+    out = io.BytesIO()
+    np.savez(
+        out,
+        names=np.array([path.name for path in paths]),
+        stamps=np.array(stamps, np.int64),
+        counts=np.array([len(index.keys) for index in indices], np.int64),
+        places=np.concatenate([index.places for index in indices]),
+        labels=np.concatenate([index.labels for index in indices]),
+        keys=np.concatenate([index.keys for index in indices]),
+    )
+    return out.getvalue()
+
+
+@dataclass
+class _Sample:
+    """What was seen so far of the members of one key: offset and length in the shard."""
+
+    key: str
+    image: tuple[int, int] | None = None
+    others: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+class _Described(msgspec.Struct):
+    """All that is read of a sample's json."""
+
+    label: int
+
+
+def _scan(path: Path) -> _Index:
+    """Read a shard's headers and labels."""
+    places: list[tuple[int, int]] = []
+    labels: list[int] = []
+    keys: list[bytes] = []
+    with environment(f"reading {path}"), path.open("rb", buffering=0) as file:
+        for sample in _samples(path, file):
+            if sample.image is None:
+                raise InputError(f"{path}: {sample.key}: has no image ({', '.join(sorted(_IMAGES))})")
+            places.append(sample.image)
+            labels.append(_label(path, sample, file.fileno()))
+            keys.append(os.fsencode(sample.key))
+    if not keys:
+        raise InputError(f"{path}: holds no sample", hint="a sample is an image and a member .cls or .json of its name")
+    return _Index(np.array(places, np.int64), np.array(labels, np.int64), np.array(keys))
+
+
+def _samples(path: Path, file: io.FileIO) -> Iterator[_Sample]:
+    sample: _Sample | None = None
+    for member in _members(path, file):
+        folder, _, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        # Directories, what macOS packs beside each file, and WebDataset's own notes.
+        if not member.isreg() or not stem or stem.startswith("__"):
+            continue
+        key = f"{folder}/{stem}" if folder else stem
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            sample = _Sample(key)
+        place = (member.offset_data, member.size)
+        if suffix.lower() not in _IMAGES:
+            sample.others[suffix.lower()] = place
+        elif sample.image is None:
+            sample.image = place
+        else:
+            raise InputError(f"{path}: {key}: has two images")
+    if sample is not None:
+        yield sample
+
+
+def _members(path: Path, file: io.FileIO) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file, which must have its mark of the end: tarfile takes a truncated one for a whole one."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            yield from archive
+            end = archive.offset
+        whole = os.pread(file.fileno(), _BLOCK, end) == bytes(_BLOCK)
+    except MemoryError:
+        raise
+    # A damaged header raises whatever its bytes lead tarfile to.
+    except Exception as error:
+        raise InputError(
+            f"{path}: not a readable tar file ({error})", hint="a shard is a tar without compression"
+        ) from error
+    if not whole:
+        raise InputError(f"{path}: truncated or damaged at byte {end}", hint="fetch the shard again")
+
+
+def _label(path: Path, sample: _Sample, descriptor: int) -> int:
+    """From `cls`, or else from `json`."""
+    for suffix, parse in _LABELS.items():
+        if suffix not in sample.others:
+            continue
+        offset, length = sample.others[suffix]
+        text = os.pread(descriptor, min(length, _MOST_LABEL_BYTES), offset)
+        try:
+            label = parse(text)
+        except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+            raise InputError(f"{path}: {sample.key}.{suffix}: holds no label ({error})") from error
+        if not 0 <= label < _MOST_CLASSES:
+            raise InputError(f"{path}: {sample.key}.{suffix}: the label {label} is none, they count from 0")
+        return label
+    raise InputError(f"{path}: {sample.key}: has no label", hint="a member .cls or .json of the image's name")
+
+
+def _described(text: bytes) -> int:
+    return msgspec.json.decode(text, type=_Described).label
+
+
+_LABELS: Mapping[str, Callable[[bytes], int]] = {"cls": int, "json": _described}
