@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
 
 import msgspec
 import typer
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from hydradeploy.selector.budget import Budget
     from hydradeploy.stored import Input
 
-_Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 _HEARTBEAT_S = 5.0
 
@@ -123,55 +122,116 @@ def demo(
 @app.command()
 def train(
     data: Annotated[
-        str, typer.Option(help="digits, glyphs, a folder with train/CLASS and val/CLASS folders, or an .npz file.")
+        str,
+        typer.Option(
+            help="digits, glyphs, a folder with train/CLASS and val/CLASS folders, tar shards, or an .npz file."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The supernet file to write.")] = Path("supernet.safetensors"),
-    epochs: Annotated[int | None, typer.Option(help="Default: what suits the data.", min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.", min=1)] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides every random draw.", min=0)] = 0,
-    sample_weights: Annotated[
-        str | None, typer.Option(help="Percentages, one per trained head count: 20,10,... Default: uniform.")
+    preset: Annotated[
+        str | None, typer.Option(help="digits, glyphs, small or hydravit-imagenet. Default: what suits the data.")
     ] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file with any of the options of --show-config.")] = None,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print every option of this run as TOML, and train nothing.")
+    ] = False,
+    epochs: Annotated[int | None, typer.Option(help="Default: what suits the data.", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step, of all processes.", min=1)] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides every random draw.", min=0)] = None,
+    arithmetic: Annotated[str | None, typer.Option(help="fp32, tf32, bf16 or fp16.")] = None,
     trained_heads: Annotated[str | None, typer.Option(help="Head counts to train: 3-12.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Channels of a head.", min=1)] = None,
     depth: Annotated[int | None, typer.Option(help="Blocks.", min=1)] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels.", min=1)] = None,
     patch_size: Annotated[int | None, typer.Option(help="Pixels.", min=1)] = None,
-    init_from: Annotated[Path | None, typer.Option(help="A supernet file of fewer heads to start from.")] = None,
+    sample_weights: Annotated[
+        str | None, typer.Option(help="Percentages, one per trained head count: 20,10,... Default: uniform.")
+    ] = None,
+    head_draw: Annotated[
+        str | None, typer.Option(help="per-rank: each process draws its own head counts; shared: all the same.")
+    ] = None,
+    draws: Annotated[int | None, typer.Option(help="Head counts drawn for each step.", min=0)] = None,
+    anchors: Annotated[
+        str | None, typer.Option(help="Subnets in every step besides: none, largest, or sandwich (both ends).")
+    ] = None,
+    distil: Annotated[
+        float | None, typer.Option(help="Share of a smaller subnet's loss that the largest one's output gives.")
+    ] = None,
+    teacher: Annotated[Path | None, typer.Option(help="A supernet file whose largest subnet teaches.")] = None,
+    teacher_share: Annotated[float | None, typer.Option(help="Share of the loss that the teacher gives.")] = None,
+    init_from: Annotated[Path | None, typer.Option(help="A supernet file of no more heads to start from.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that read images, for each that trains.", min=0)
+    ] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Parts that a batch goes through in.", min=1)] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps after which to save, besides each epoch.", min=1)
+    ] = None,
+    bad_images: Annotated[
+        int | None, typer.Option(help="Unreadable images to replace by the next one before giving up.", min=0)
+    ] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Directory to write metrics for TensorBoard to.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Train a supernet at small scale.
+    """Train a supernet, in one process or, with torchrun -m hydradeploy train, in many.
 
     The paper's method: one random head count per step. Ctrl-C leaves a usable supernet; --resume goes on exactly.
     """
     heads = None if trained_heads is None else parse_heads(trained_heads)
     weights = None if sample_weights is None else tuple(round(value) for value in _floats(sample_weights))
     with _extra("train"):
-        from hydradeploy.training.recipe import preset_for
+        from hydradeploy.training import config as configs
+        from hydradeploy.training.presets import preset_for
         from hydradeploy.training.train import train as call
-    preset = preset_for(data)
-    shape: dict[str, object] = {
-        "head_dim": head_dim,
-        "depth": depth,
-        "image_size": image_size,
-        "patch_size": patch_size,
+    written = {} if config is None else configs.read(config)
+    name = preset or written.get("preset")
+    shape = {"head_dim": head_dim, "depth": depth, "image_size": image_size, "patch_size": patch_size}
+    method = {"sample_weights": weights, "head_draw": head_draw, "draws": draws, "anchors": anchors, "distil": distil}
+    numbers = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "arithmetic": arithmetic}
+    how: dict[str, object] = {
+        "device": device,
+        "workers": workers,
+        "accumulate": accumulate,
+        "compile": compiled or None,
     }
-    if heads is not None:
-        shape |= {"trained_heads": heads, "heads": heads[-1]}
-    numbers = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "sample_weights": weights, "seed": seed}
-    try:
-        preset = msgspec.structs.replace(
-            preset, geometry=_changed(preset.geometry, shape), recipe=_changed(preset.recipe, numbers)
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    how |= {
+        "save_every": save_every,
+        "bad_images": bad_images,
+        "tensorboard": None if tensorboard is None else str(tensorboard),
+    }
+    options = {
+        "geometry": _without_none(shape | {"trained_heads": heads}),
+        "recipe": _without_none(numbers) | {"method": _without_none(method | {"teacher_share": teacher_share})},
+        "running": _without_none(how),
+    }
+    start = preset_for(data) if name is None else configs.preset_named(str(name))
+    # What is wrong in the file is said of the file, before the options are laid over it.
+    if config is not None:
+        configs.resolved(start, str(config), written)
+    chosen, running = configs.resolved(start, "options", written, options)
+    if show_config:
+        print(configs.shown(chosen, running), end="")
+        return
     with _progress() as report:
         trained = call(
-            data, out, preset, init_from=init_from, resume=resume, force=force, report=report, say=report.say
+            data,
+            out,
+            chosen,
+            init_from=init_from,
+            teacher=teacher,
+            running=running,
+            resume=resume,
+            force=force,
+            report=report,
+            say=report.say,
         )
+    if int(os.environ.get("RANK", "0")):
+        return
     top1 = {f"h{count:02d}": share for count, share in trained.top1.items()}
     if as_json:
         _print_json({"out": str(out), "spec": trained.spec, "top1": top1, "seconds": trained.seconds})
@@ -180,9 +240,9 @@ def train(
         print(f"{out}: {_describe(trained.spec)}; top-1 on held-out images {shown}")
 
 
-def _changed(record: _Struct, changes: Mapping[str, object]) -> _Struct:
-    """A struct with those fields replaced that are given."""
-    return msgspec.structs.replace(record, **{name: value for name, value in changes.items() if value is not None})
+def _without_none(options: Mapping[str, object]) -> dict[str, object]:
+    """Those options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command("import")

@@ -29,7 +29,7 @@ from hydradeploy.selector.choose import dominated
 from hydradeploy.selector.join import candidates
 from hydradeploy.selector.judge import INVALID_FLAGS, Candidate
 from hydradeploy.selector.pick import Request, pick
-from hydradeploy.training.recipe import preset_for
+from hydradeploy.training.presets import preset_for
 from hydradeploy.training.train import train
 from hydradeploy.units import show_percent, show_seconds
 

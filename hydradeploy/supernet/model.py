@@ -62,10 +62,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, hidden)
 
-    def forward(self, x: Tensor, heads: int) -> Tensor:
-        x = x + self.attn(_norm(x, self.norm1), heads)
-        mixed: Tensor = self.mlp(_norm(x, self.norm2))
-        return x + mixed
+    def forward(self, x: Tensor, heads: int, keep: Tensor | None = None) -> Tensor:
+        """`keep` (2, b) scales what attention and MLP add, per image."""
+        branch: Tensor = self.attn(_norm(x, self.norm1), heads)
+        x = x + (branch if keep is None else branch * keep[0, :, None, None])
+        branch = self.mlp(_norm(x, self.norm2))
+        return x + (branch if keep is None else branch * keep[1, :, None, None])
 
 
 class PatchEmbed(nn.Module):
@@ -108,18 +110,20 @@ class Supernet(nn.Module):
         nn.init.zeros_(_bias(self.patch_embed.proj.bias))
         return self
 
-    def forward(self, images: Tensor, heads: int | None = None) -> Tensor:
+    def forward(self, images: Tensor, heads: int | None = None, keep: Tensor | None = None) -> Tensor:
         """Logits (b, classes) of normalised images (b, channels, s, s) by the first `heads` heads, all by default.
 
-        Raises UsageError for a head count that was not trained.
+        `keep` (depth, 2, b), for training alone, scales what each block's two branches add: stochastic depth with 0 for
+        a dropped branch and 1 / (1 - probability) for a kept one. Raises UsageError for a head count that was not
+        trained.
         """
         subnet = self.geometry.subnet(self.geometry.heads if heads is None else heads)
         d = subnet.width
         x: Tensor = self.patch_embed(images, d)
         x = torch.cat([self.cls_token[..., :d].expand(len(x), -1, -1), x], dim=1)  # (b, tokens, d)
         x = x + self.pos_embed[..., :d]
-        for block in self.blocks:
-            x = block(x, subnet.heads)
+        for i, block in enumerate(self.blocks):
+            x = block(x, subnet.heads, None if keep is None else keep[i])
         return _linear(_norm(x[:, 0], self.norm), self.head, self.geometry.classes)
 
     def subnet(self, heads: int) -> Supernet:

@@ -3,22 +3,70 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 
+from hydradeploy.data.augment import Augmentation
 from hydradeploy.errors import UsageError
-from hydradeploy.spec import IMAGENET_MEAN, IMAGENET_STD, Geometry, Preprocessing, Record, Spec
+from hydradeploy.spec import Geometry, Preprocessing, Record, Spec
+
+Anchors = Literal["none", "largest", "sandwich"]
+HeadDraw = Literal["per-rank", "shared"]
+Arithmetic = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+class Method(Record, frozen=True, kw_only=True):
+    """Which subnets a step trains, and on what; as it stands, the paper's method (HydraViT, section 3).
+
+    `draws` head counts are drawn for each step. `anchors` are trained in every step besides: the largest subnet, or
+    both ends, the sandwich rule (Yu and Huang, arXiv 1903.05134). `head_draw` says whether all processes of a run draw
+    the same head counts or each its own, as in the official code. `sample_weights` are percentages, one per trained
+    head count, that sum to 100; None draws uniformly. `loss_aware` above 0 draws head counts in proportion to their
+    running loss to that power. `loss_weights`, one per trained head count, scale each subnet's loss.
+
+    `distil` is the share of a smaller subnet's loss that is cross-entropy against the largest one's output of the same
+    step (in-place distillation, same source), `teacher_share` that of every subnet against the output of a teacher.
+    Without `decay_unsampled`, weight decay acts on the slices that a step trains and on no others.
+    """
+
+    draws: int = 1
+    anchors: Anchors = "none"
+    head_draw: HeadDraw = "per-rank"
+    sample_weights: tuple[int, ...] | None = None
+    loss_aware: float = 0.0
+    loss_weights: tuple[float, ...] | None = None
+    distil: float = 0.0
+    teacher_share: float = 0.0
+    decay_unsampled: bool = True
+
+    def __post_init__(self) -> None:
+        if self.draws < 0 or (self.draws == 0 and self.anchors == "none"):
+            raise ValueError(f"draws must be at least 1, or 0 with anchors, got {self.draws}")
+        for field in ("distil", "teacher_share"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field} must be 0 to 1, got {getattr(self, field)}")
+        if self.distil and self.anchors == "none":
+            raise ValueError('distil needs the largest subnet in every step: anchors "largest" or "sandwich"')
+        if not 0 <= self.loss_aware < math.inf:
+            raise ValueError(f"loss_aware must be at least 0 and finite, got {self.loss_aware}")
+        weights = self.loss_weights
+        if weights is not None and not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"loss_weights must be above 0 and finite, got {weights}")
 
 
 class Recipe(Record, frozen=True, kw_only=True):
-    """The paper's method (HydraViT, section 3): one head count per step, AdamW, warm-up and cosine, EMA.
+    """How a supernet is trained: AdamW, warm-up and cosine, a moving average of the weights.
 
-    `learning_rate` is the peak, at batch `batch_size`. `sample_weights` are percentages, one per trained head count,
-    that sum to 100; None draws uniformly. `shift` is the largest random translation, as a fraction of the image.
+    `batch_size` is the number of images in a step, of all processes together, and `learning_rate` the peak at it. The
+    last `cooldown_epochs` come on top of `epochs`, at `final_rate`. `ema_warmup` lets the average follow faster in the
+    first steps. `drop_path` is the largest probability to skip a branch, that of the last block, growing linearly from
+    none in the first. `arithmetic` is that of the products: fp32, tf32 (fp32 where there is none), or autocast to bf16
+    or fp16, the last with a scaled loss.
     """
 
     epochs: int
+    cooldown_epochs: int = 0
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup_epochs: int = 5
@@ -26,40 +74,50 @@ class Recipe(Record, frozen=True, kw_only=True):
     final_rate: float = 1e-5
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
+    drop_path: float = 0.0
     ema_decay: float = 0.999
-    sample_weights: tuple[int, ...] | None = None
-    shift: float = 0.0
+    ema_warmup: bool = True
+    arithmetic: Arithmetic = "fp32"
+    augment: Augmentation = Augmentation()
+    method: Method = Method()
     seed: int = 0
 
     def __post_init__(self) -> None:
         for field in ("epochs", "batch_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if min(self.warmup_epochs, self.cooldown_epochs, self.seed) < 0:
+            raise ValueError("warmup_epochs, cooldown_epochs and seed must be at least 0")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
-        if not (0 <= self.label_smoothing < 1 and 0 <= self.ema_decay < 1 and 0 <= self.shift < 0.5):
-            raise ValueError("label_smoothing and ema_decay must be 0 to 1, shift 0 to 0.5")
+        if not (0 <= self.label_smoothing < 1 and 0 <= self.ema_decay < 1 and 0 <= self.drop_path < 1):
+            raise ValueError("label_smoothing, ema_decay and drop_path must be 0 to 1")
+
+    @property
+    def all_epochs(self) -> int:
+        """Epochs with those of the cool-down."""
+        return self.epochs + self.cooldown_epochs
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step: linear warm-up, then cosine down to `final_rate`."""
+        """The learning rate of a step: linear warm-up, cosine down to `final_rate`, cool-down at that."""
         warmup = min(self.warmup_epochs, self.epochs // 4) * steps_per_epoch
         if step < warmup:
             return self.warmup_from + (self.learning_rate - self.warmup_from) * step / warmup
-        progress = (step - warmup) / max(1, self.epochs * steps_per_epoch - warmup)
+        progress = min(1.0, (step - warmup) / max(1, self.epochs * steps_per_epoch - warmup))
         low = min(self.final_rate, self.learning_rate)
         return low + (self.learning_rate - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def check_weights(weights: tuple[int, ...] | None, trained_heads: tuple[int, ...]) -> None:
-    """Raise UsageError unless there is one weight per trained head count and they sum to 100."""
-    if weights is None:
-        return
-    if len(weights) != len(trained_heads):
-        raise UsageError(
-            f"{len(weights)} sample weights for {len(trained_heads)} head counts",
-            hint="--sample-weights takes one percentage per trained head count",
-        )
-    if min(weights) < 0 or sum(weights) != 100:
+def check_weights(method: Method, trained_heads: tuple[int, ...]) -> None:
+    """Raise UsageError unless the weights given are one per trained head count, and the drawing's sum to 100."""
+    for weights, option in ((method.sample_weights, "sample"), (method.loss_weights, "loss")):
+        if weights is not None and len(weights) != len(trained_heads):
+            raise UsageError(
+                f"{len(weights)} {option} weights for {len(trained_heads)} head counts",
+                hint=f"--{option}-weights takes one number per trained head count",
+            )
+    weights = method.sample_weights
+    if weights is not None and (min(weights) < 0 or sum(weights) != 100):
         raise UsageError(f"sample weights sum to {sum(weights)}", hint="they are percentages and sum to 100")
 
 
@@ -74,45 +132,3 @@ class Preset(Record, frozen=True, kw_only=True):
         """The spec of a supernet for these classes."""
         geometry = msgspec.structs.replace(self.geometry, classes=len(class_names))
         return Spec(geometry=geometry, preprocessing=self.preprocessing, class_names=class_names)
-
-
-# Chosen so that a supernet trains in about two minutes on two cores and its smallest subnets are clearly worse.
-DIGITS = Preset(
-    geometry=Geometry(
-        image_size=16,
-        patch_size=4,
-        channels=1,
-        head_dim=16,
-        heads=12,
-        trained_heads=tuple(range(3, 13)),
-        depth=4,
-        mlp_ratio=4.0,
-        classes=10,
-        eps=1e-6,
-    ),
-    preprocessing=Preprocessing(mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation="bilinear"),
-    recipe=Recipe(epochs=36, batch_size=32, label_smoothing=0.05, ema_decay=0.99, shift=0.07),
-)
-
-# Chosen so that a supernet trains in about 12 minutes of one core; each head up to the sixth pays, the others hardly.
-# Patches of 6 pixels, not 4, leave 16 tokens instead of 36: that time is better spent on more than twice the steps.
-GLYPHS = Preset(
-    geometry=msgspec.structs.replace(DIGITS.geometry, image_size=24, patch_size=6, classes=36),
-    preprocessing=Preprocessing(mean=(0.5,), std=(0.25,), crop_pct=1.0, interpolation="bilinear"),
-    recipe=Recipe(epochs=18, learning_rate=2e-3, warmup_epochs=1),
-)
-
-# For other data at small scale; image and patch size, width, depth and epochs are to be chosen to suit it.
-SMALL = Preset(
-    geometry=msgspec.structs.replace(DIGITS.geometry, image_size=32, channels=3, head_dim=16, depth=6),
-    preprocessing=Preprocessing(mean=IMAGENET_MEAN, std=IMAGENET_STD, crop_pct=1.0, interpolation="bicubic"),
-    recipe=Recipe(epochs=100, shift=0.125),
-)
-
-
-PRESETS: Mapping[str, Preset] = {"digits": DIGITS, "glyphs": GLYPHS}
-
-
-def preset_for(data: str) -> Preset:
-    """The preset of a data set that has one, else the one for other data."""
-    return PRESETS.get(data, SMALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +20,17 @@ _HEADER = "hydradeploy.training"
 
 
 class Progress(Record, frozen=True, kw_only=True):
-    """Which run this is and how far it is: `step` is the next one to take."""
+    """Which run this is and how far it is: `step` is the next one to take, `bad` the images that cannot be read."""
 
     schema: int = 1
     spec: Spec
     recipe: Recipe
     data_sha256: str
+    teacher_sha256: str | None = None
+    processes: int = 1
+    accumulate: int = 1
     step: int
+    bad: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,16 +72,29 @@ def check_same(found: Progress, asked: Progress, path: Path) -> None:
     differing = [
         f"{field} ({_short(before)}, not {_short(now)})"
         for one, other in ((found.spec, asked.spec), (found.recipe, asked.recipe))
-        for field, before in msgspec.structs.asdict(one).items()
-        if before != (now := getattr(other, field))
+        for field, before, now in _differing(one, other)
     ]
     if found.data_sha256 != asked.data_sha256:
         differing.append("the training images")
+    if found.teacher_sha256 != asked.teacher_sha256:
+        differing.append("the teacher")
+    if found.spec.class_names != asked.spec.class_names:
+        differing.append("the classes")
     if differing:
         raise UsageError(
             f"{path}: belongs to another run, which differs in {', '.join(differing)}",
             hint="resume with the options it was started with, or start without --resume",
         )
+
+
+def _differing(one: Record, other: Record) -> Iterator[tuple[str, object, object]]:
+    """The fields that differ, those of the records inside by their own names."""
+    for field, before in msgspec.structs.asdict(one).items():
+        now = getattr(other, field)
+        if isinstance(before, Record) and isinstance(now, Record):
+            yield from _differing(before, now)
+        elif before != now and field != "class_names":
+            yield field, before, now
 
 
 def _short(value: object) -> str:

@@ -1,16 +1,7 @@
-"""`train`: the paper's method at small scale, one readable loop.
-
-Per step one head count is drawn, one forward and backward pass made through that subnet, one AdamW step taken
-(HydraViT, arXiv 2409.17978, section 3). As in the official code, weight decay and momentum act on slices that were not
-drawn too: their gradient is zero, not missing. Every random draw comes from the seed and the number of its step or
-epoch, so a run that is stopped and resumed is the run that was not.
-"""
+"""`train`: the paper's method and what improves on it, from data set to supernet file, in one or many processes."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import math
 import signal
 import threading
 import time
@@ -21,24 +12,25 @@ from pathlib import Path
 from types import FrameType
 
 import msgspec
-import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from hydradeploy.data.datasets import Dataset, Split, open_dataset
-from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import InputError, UsageError
-from hydradeploy.spec import Spec
+from hydradeploy.files import sha256_file
+from hydradeploy.spec import Geometry, Spec
 from hydradeploy.supernet import store
 from hydradeploy.supernet.model import Supernet
+from hydradeploy.training import metrics
 from hydradeploy.training import state as states
-from hydradeploy.training.recipe import Preset, Recipe, check_weights
+from hydradeploy.training.batches import Batch, Order, Share, Source, source
+from hydradeploy.training.loop import Loop, arithmetic
+from hydradeploy.training.ranks import Ranks, ranks
+from hydradeploy.training.recipe import Preset, check_weights
+from hydradeploy.training.running import Running
 
 Report = Callable[[str, int, int], None]
-_ORDER, _SHIFT, _HEADS = 1, 2, 3  # streams of random numbers
-_BATCH = 256
+_TOGETHER = 10  # steps between two meetings of the processes
 
 
 @dataclass(frozen=True)
@@ -51,189 +43,277 @@ class Trained:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Images:
-    """A split in memory: uint8 (n, s, s, channels) and labels (n,)."""
-
-    pixels: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-
-
 def train(
     data: str,
     out: Path,
     preset: Preset,
     *,
     init_from: Path | None = None,
+    teacher: Path | None = None,
+    running: Running | None = None,
     resume: bool = False,
     force: bool = False,
     report: Report = lambda what, done, total: None,
     say: Callable[[str], None] = lambda text: None,
+    build: Callable[[Geometry], Supernet] = Supernet,
 ) -> Trained:
     """Train a supernet on the train split of a data set and write its moving average to `out`.
 
-    `init_from` is a supernet file of fewer heads that is placed in the leading corner first. Interrupted, it leaves a
-    usable supernet in `out` and its state beside it, and `resume` goes on from there exactly. Raises UsageError (no
-    such data, `out` exists, another run's state), InputError (images, labels or loss refused), EnvironmentFailed
-    (disk).
+    `init_from` is a supernet file of no more heads that is placed in the leading corner first, `teacher` one whose
+    largest subnet teaches where the recipe gives it a share of the loss. Interrupted, it leaves a usable supernet in
+    `out` and its state beside it, and `resume` goes on from there exactly. Started by torchrun, the processes share
+    each batch, and the first one writes. `build` makes the model, so that heirs with other subnets can be compared.
+    Raises UsageError (no such data, `out` exists, another run's state),
+    InputError (images, labels or loss refused), MissingError (TensorBoard), EnvironmentFailed (disk).
     """
+    running = running or Running()
     if out.exists() and not (resume or force):
         raise UsageError(
             f"{out} exists", hint="go on with --resume, replace it with --force, or name another with --out"
         )
-    check_weights(preset.recipe.sample_weights, preset.geometry.trained_heads)
+    check_weights(preset.recipe.method, preset.geometry.trained_heads)
+    if (teacher is not None) != (preset.recipe.method.teacher_share > 0):
+        raise UsageError("a teacher and its share of the loss need each other", hint="--teacher and --teacher-share")
+    if running.tensorboard is not None:
+        metrics.check_tensorboard()
+    with ranks(running.device) as us, arithmetic(preset.recipe, running, len(preset.geometry.trained_heads)):
+        run = _prepared(data, preset, running, us, teacher, build)
+        if resume:
+            run.restore(out, say)
+        elif init_from is not None:
+            small = store.load(init_from)
+            store.place(run.loop.model, small.tensors, small.spec.geometry)
+            run.loop.reset_average()
+        started = time.perf_counter()
+        run.go(out, report, say)
+        if us.first:
+            store.save(out, run.spec, run.loop.average.state_dict())
+            states.path_of(out).unlink(missing_ok=True)
+        return Trained(out, run.spec, run.top1(), time.perf_counter() - started)
+
+
+def _prepared(
+    data: str,
+    preset: Preset,
+    running: Running,
+    us: Ranks,
+    teacher: Path | None,
+    build: Callable[[Geometry], Supernet],
+) -> _Run:
+    recipe = preset.recipe
     dataset = open_dataset(data, "train")
     spec = preset.spec(dataset.class_names)
-    images, held_out = _load(dataset, spec), _load(_same_classes(data, "val", dataset), spec)
-    if len(images.labels) < preset.recipe.batch_size:
+    if len(dataset) < recipe.batch_size:
         raise InputError(
-            f"{data}: {len(images.labels)} training images are too few for a batch of {preset.recipe.batch_size}",
+            f"{data}: {len(dataset)} training images are too few for a batch of {recipe.batch_size}",
             hint="choose a smaller --batch-size",
         )
-    progress = states.Progress(spec=spec, recipe=preset.recipe, data_sha256=_digest(images), step=0)
-    run = _Run(progress, images, held_out)
-    if resume:
-        run.restore(states.load(out), states.path_of(out))
-    elif init_from is not None:
-        small = store.load(init_from)
-        store.place(run.model, small.tensors, small.spec.geometry)
-        run.average.load_state_dict(run.model.state_dict())
-    started = time.perf_counter()
-    run.go(out, report, say)
-    store.save(out, spec, run.average.state_dict())
-    states.path_of(out).unlink(missing_ok=True)
-    return Trained(out, spec, run.top1(), time.perf_counter() - started)
+    if recipe.batch_size % (us.world * running.accumulate):
+        raise UsageError(
+            f"a batch of {recipe.batch_size} cannot be shared by {us.world} processes in {running.accumulate} parts",
+            hint="choose a --batch-size that is a multiple of both",
+        )
+    images = source(dataset, spec, recipe, running.workers)
+    held_out = source(_same_classes(data, "val", dataset), spec, recipe, running.workers)
+    progress = states.Progress(
+        spec=spec,
+        recipe=recipe,
+        data_sha256=images.sha256,
+        teacher_sha256=None if teacher is None else sha256_file(teacher),
+        processes=us.world,
+        accumulate=running.accumulate,
+        step=0,
+    )
+    model = build(spec.geometry).initialise(torch.Generator().manual_seed(recipe.seed))
+    loop = Loop(
+        model,
+        recipe,
+        running,
+        us,
+        len(images) // recipe.batch_size,
+        None if teacher is None else _teacher(teacher, spec),
+    )
+    return _Run(progress, running, us, images, held_out, loop)
+
+
+def _teacher(path: Path, spec: Spec) -> Supernet:
+    weights = store.load(path)
+    one, other = weights.spec, spec
+    for field in ("image_size", "channels", "classes"):
+        if getattr(one.geometry, field) != getattr(other.geometry, field):
+            raise InputError(
+                f"{path}: the teacher's {field} is {getattr(one.geometry, field)}, "
+                f"the supernet's {getattr(other.geometry, field)}"
+            )
+    if (one.preprocessing.mean, one.preprocessing.std) != (other.preprocessing.mean, other.preprocessing.std):
+        raise InputError(f"{path}: the teacher's mean and std are not those of the supernet")
+    return weights.model()
 
 
 class _Run:
-    """Weights, their average and the optimiser, at some step."""
+    """A loop with its data, its state on disk and what it tells."""
 
-    def __init__(self, progress: states.Progress, images: _Images, held_out: _Images) -> None:
-        self._progress, self._images, self._held_out = progress, images, held_out
-        self._spec, self._recipe = progress.spec, progress.recipe
-        self._per_epoch = len(images.labels) // self._recipe.batch_size
-        self._total = self._per_epoch * self._recipe.epochs
-        generator = torch.Generator().manual_seed(self._recipe.seed)
-        self.model = Supernet(self._spec.geometry).initialise(generator)
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self._optimiser = _adamw(self.model, self._recipe)
-        self._order = np.empty(0, np.int64)
+    def __init__(
+        self,
+        progress: states.Progress,
+        running: Running,
+        us: Ranks,
+        images: Source,
+        held_out: Source,
+        loop: Loop,
+    ) -> None:
+        self.spec, self._recipe, self._running = progress.spec, progress.recipe, running
+        self._progress, self._us, self._images, self._held_out = progress, us, images, held_out
+        self._order = Order(len(images), self._recipe.batch_size, self._recipe.seed)
+        self._total = self._order.steps * self._recipe.all_epochs
+        self.loop = loop
+        self._bad: dict[int, str] = {}
+
+    def restore(self, out: Path, say: Callable[[str], None]) -> None:
+        """Go on from the saved state of the run that writes `out`; raises UsageError where it is of another run."""
+        found = states.load(out)
+        states.check_same(found.progress, self._progress, states.path_of(out))
+        for field, what in (("processes", "processes"), ("accumulate", "parts of a batch")):
+            before, now = getattr(found.progress, field), getattr(self._progress, field)
+            if before != now and self._us.first:
+                say(f"goes on with {now} {what}, not {before}: as well, but not bit by bit")
+        self._progress = msgspec.structs.replace(self._progress, step=found.progress.step, bad=found.progress.bad)
+        self._bad = dict.fromkeys(found.progress.bad, "")
+        self.loop.restore(found.tensors)
 
     def go(self, out: Path, report: Report, say: Callable[[str], None]) -> None:
         """Take the remaining steps; interrupted between two, save and raise KeyboardInterrupt."""
-        first, started, losses = self._progress.step, time.perf_counter(), []
+        first, watch = self._progress.step, _Watch(self._recipe.batch_size)
+        lines = metrics.Metrics(out, self._running.tensorboard, first) if self._us.first else None
+        share = Share(self._us.rank, self._us.world, self._running.accumulate)
+        pieces = watch.timed(self._seen(self._images.steps(self._order, first, self._total, share), say))
+        losses: list[float] = []
         with _interruptible() as interrupted:
             for step in range(first, self._total):
-                losses.append(self._step(step))
-                self._progress = msgspec.structs.replace(self._progress, step=step + 1)
-                report("training", step + 1, self._total)
-                if (step + 1) % self._per_epoch == 0:
-                    left = (time.perf_counter() - started) / (step + 1 - first) * (self._total - step - 1)
-                    say(self._line(step // self._per_epoch + 1, float(np.mean(losses)), left))
-                    losses.clear()
-                    states.save(out, self._state())
-                if interrupted():
-                    states.save(out, self._state())
-                    store.save(out, self._spec, self.average.state_dict())
-                    say(f"{out} is usable as it is; go on with --resume")
+                self.loop.step(step, pieces)
+                watch.steps += 1
+                done = step + 1
+                if self._us.first:
+                    report("training", done, self._total)
+                ends = done % self._order.steps == 0
+                saves = ends or (self._running.save_every is not None and done % self._running.save_every == 0)
+                if not (saves or self._us.world == 1 or done % _TOGETHER == 0):
+                    continue
+                stops = bool(self._us.largest(torch.tensor(float(interrupted()))))
+                if saves or stops or done % _TOGETHER == 0:
+                    losses += self.loop.losses(done)
+                    self._share_bad()
+                    self._progress = msgspec.structs.replace(self._progress, step=done, bad=tuple(sorted(self._bad)))
+                if ends:
+                    line = self._line(losses, watch)
+                    self._tell(line, lines, watch.left(self._total - done), say)
+                    losses, watch.steps = [], 0
+                    watch.restart()
+                if saves or stops:
+                    self._save(out)
+                if stops:
+                    if self._us.first:
+                        store.save(out, self.spec, self.loop.average.state_dict())
+                        say(f"{out} is usable as it is; go on with --resume")
                     raise KeyboardInterrupt
 
     def top1(self) -> dict[int, float]:
         """Accuracy of the average on the held-out images for the fewest, the middle and the most heads."""
-        trained = self._spec.geometry.trained_heads
-        labels = torch.from_numpy(self._held_out.labels)
-        found = {}
-        for heads in sorted({trained[0], trained[len(trained) // 2], trained[-1]}):
-            right = 0
-            for start in range(0, len(labels), _BATCH):
-                batch = normalise(self._held_out.pixels[start : start + _BATCH], self._spec.preprocessing)
-                with torch.inference_mode():
-                    said = self.average(torch.from_numpy(batch), heads).argmax(1)
-                right += int((said == labels[start : start + _BATCH]).sum())
-            found[heads] = right / len(labels)
-        return found
+        trained = self.spec.geometry.trained_heads
+        some = sorted({trained[0], trained[len(trained) // 2], trained[-1]})
+        right = right_of(self.loop.average, self._held_out, some, self._us)
+        return {heads: count / len(self._held_out) for heads, count in right.items()}
 
-    def restore(self, found: states.State, path: Path) -> None:
-        """Go on from a saved state; raises UsageError where it is of another run."""
-        states.check_same(found.progress, self._progress, path)
-        self._progress = found.progress
-        tensors = found.tensors
-        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
-        self.average.load_state_dict({name: tensors[f"average.{name}"] for name in self.average.state_dict()})
-        if found.progress.step:
-            for name, parameter in self.model.named_parameters():
-                self._optimiser.state[parameter] = {
-                    "step": torch.tensor(float(found.progress.step)),
-                    **{moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS},
-                }
+    def _seen(self, batches: Iterator[Batch], say: Callable[[str], None]) -> Iterator[Batch]:
+        """The batches, with what could not be read counted, named, and refused where it is too much."""
+        for batch in batches:
+            for index, reason in batch.bad:
+                if index in self._bad:
+                    continue
+                self._bad[index] = reason
+                if len(self._bad) > self._running.bad_images:
+                    raise InputError(
+                        f"{reason} ({len(self._bad)} images that cannot be read, {self._running.bad_images} allowed)",
+                        hint="mend or remove it, or let others take the place of so many with --bad-images",
+                    )
+                say(f"{reason}; the next image takes its place ({len(self._bad)} so far)")
+            yield batch
 
-    def _step(self, step: int) -> float:
-        epoch, place = divmod(step, self._per_epoch)
-        if place == 0 or not len(self._order):
-            self._order = self._random(_ORDER, epoch).permutation(len(self._images.labels))
-        chosen = self._order[place * self._recipe.batch_size : (place + 1) * self._recipe.batch_size]
-        pixels = _shifted(self._images.pixels[chosen], self._recipe.shift, self._random(_SHIFT, step))
-        images = torch.from_numpy(normalise(pixels, self._spec.preprocessing))
-        heads = self._draw(step)
-        logits = self.model(images, heads)
-        labels = torch.from_numpy(self._images.labels[chosen])
-        loss = F.cross_entropy(logits, labels, label_smoothing=self._recipe.label_smoothing)
-        if not math.isfinite(loss.item()):
-            raise InputError(
-                f"the loss is {loss.item()} at step {step} with {heads} heads; what was saved before is kept",
-                hint="choose a smaller --lr",
-            )
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._recipe.rate(step, self._per_epoch)
-        self._optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own annotation is missing
-        self._optimiser.step()
-        self._follow(step)
-        return float(loss.item())
+    def _share_bad(self) -> None:
+        if self._us.world > 1:
+            for others in self._us.gathered(self._bad):
+                self._bad |= others
 
-    def _follow(self, step: int) -> None:
-        """Move the average; in the first steps faster, so that it forgets the initial weights."""
-        decay = min(self._recipe.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                average.lerp_(weight, 1 - decay)
+    def _line(self, losses: list[float], watch: _Watch) -> metrics.Line:
+        step = self._progress.step
+        return metrics.Line(
+            step=step,
+            epoch=step // self._order.steps,
+            loss=sum(losses) / max(1, len(losses)),
+            learning_rate=self._recipe.rate(step - 1, self._order.steps),
+            top1={f"h{heads:02d}": share for heads, share in self.top1().items()},
+            images_per_second=watch.images_per_second(),
+            waiting=watch.waiting(),
+            bad_images=len(self._bad),
+        )
 
-    def _draw(self, step: int) -> int:
-        weights = self._recipe.sample_weights
-        shares = None if weights is None else np.array(weights) / 100
-        return int(self._random(_HEADS, step).choice(self._spec.geometry.trained_heads, p=shares))
+    def _tell(self, line: metrics.Line, lines: metrics.Metrics | None, left: float, say: Callable[[str], None]) -> None:
+        if lines is None:
+            return
+        lines.add(line)
+        top1 = ", ".join(f"{name} {share:.1%}" for name, share in line.top1.items())
+        say(f"epoch {line.epoch}/{self._recipe.all_epochs}: loss {line.loss:.3f}, top-1 {top1}, {left:.0f} s left")
 
-    def _random(self, stream: int, number: int) -> np.random.Generator:
-        return np.random.default_rng([self._recipe.seed, stream, number])
-
-    def _state(self) -> states.State:
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            tensors |= {f"{moment}.{name}": self._optimiser.state[parameter][moment] for moment in _MOMENTS}
-        return states.State(self._progress, tensors)
-
-    def _line(self, epoch: int, loss: float, left: float) -> str:
-        top1 = ", ".join(f"h{heads:02d} {share:.1%}" for heads, share in self.top1().items())
-        return f"epoch {epoch}/{self._recipe.epochs}: loss {loss:.3f}, top-1 {top1}, {left:.0f} s left"
+    def _save(self, out: Path) -> None:
+        if self._us.first:
+            states.save(out, states.State(self._progress, self.loop.tensors()))
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+class _Watch:
+    """Where the time of an epoch goes."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size, self.steps = batch_size, 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin an epoch."""
+        self._started, self._waited = time.perf_counter(), 0.0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; waiting for them is counted."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def images_per_second(self) -> float:
+        """Since the epoch began, of all processes."""
+        return self.steps * self._batch_size / max(1e-9, time.perf_counter() - self._started)
+
+    def waiting(self) -> float:
+        """The share of the time since the epoch began that went by in waiting for images."""
+        return self._waited / max(1e-9, time.perf_counter() - self._started)
+
+    def left(self, steps: int) -> float:
+        """Seconds that so many steps will take at this epoch's speed."""
+        return (time.perf_counter() - self._started) / max(1, self.steps) * steps
 
 
-def _adamw(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: not on biases, norms, the class token and positions."""
-    decayed: list[Tensor] = []
-    others: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        (others if parameter.ndim < 2 or name in ("cls_token", "pos_embed") else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
-
-
-def _load(dataset: Dataset, spec: Spec) -> _Images:
-    pixels = np.stack([dataset.pixels(i, spec) for i in range(len(dataset))])
-    return _Images(pixels, dataset.labels)
+def right_of(model: Supernet, images: Source, head_counts: list[int], us: Ranks) -> dict[int, int]:
+    """How many of all images each subnet is right about; the processes share the work."""
+    right = torch.zeros(len(head_counts), dtype=torch.float64)
+    for batch in images.plainly(range(us.rank, len(images), us.world)):
+        labels = batch.labels.to(us.device)
+        with torch.inference_mode():
+            for i, heads in enumerate(head_counts):
+                said: Tensor = model(batch.images.to(us.device), heads).argmax(1)
+                right[i] += float((said == labels).sum())
+    counts = us.mean(right) * us.world
+    return {heads: round(float(count)) for heads, count in zip(head_counts, counts, strict=True)}
 
 
 def _same_classes(data: str, split: Split, other: Dataset) -> Dataset:
@@ -242,21 +322,6 @@ def _same_classes(data: str, split: Split, other: Dataset) -> Dataset:
         missing = sorted(set(dataset.class_names) ^ set(other.class_names))
         raise InputError(f"{data}: the splits have different classes ({', '.join(missing[:5])})")
     return dataset
-
-
-def _digest(images: _Images) -> str:
-    return hashlib.sha256(images.pixels.tobytes() + images.labels.astype("<i8").tobytes()).hexdigest()
-
-
-def _shifted(pixels: NDArray[np.uint8], shift: float, random: np.random.Generator) -> NDArray[np.uint8]:
-    """Each image moved by up to `shift` of its size in both directions, the border repeated."""
-    most = round(shift * pixels.shape[1])
-    if most == 0:
-        return pixels
-    size = pixels.shape[1]
-    padded = np.pad(pixels, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
-    moves = random.integers(0, 2 * most + 1, (len(pixels), 2))
-    return np.stack([padded[i, y : y + size, x : x + size] for i, (y, x) in enumerate(moves)])
 
 
 @contextmanager

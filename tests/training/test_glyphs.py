@@ -8,7 +8,7 @@ import pytest
 from hydradeploy import evaluate, export, train
 from hydradeploy.bundle import open_bundle, read_outcomes
 from hydradeploy.data import glyphs
-from hydradeploy.training.recipe import GLYPHS, preset_for
+from hydradeploy.training.presets import GLYPHS, preset_for
 from tests.conftest import require
 
 

@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from hydradeploy import evaluate, export, train
+from hydradeploy.data.augment import Augmentation
 from hydradeploy.errors import IntegrityError, UsageError
 from hydradeploy.spec import Geometry
 from hydradeploy.supernet.store import load
-from hydradeploy.training.recipe import DIGITS, Preset, Recipe
+from hydradeploy.training import metrics
+from hydradeploy.training.presets import DIGITS
+from hydradeploy.training.recipe import Method, Preset, Recipe
 from tests.conftest import Cli, geometry, require, write_supernet
 
 SHAPE = geometry(
@@ -33,6 +36,9 @@ SHAPE = geometry(
 def preset(shape: Geometry = SHAPE, **recipe: object) -> Preset:
     changes = {"epochs": 2, "batch_size": 16, "warmup_epochs": 0} | recipe
     return msgspec.structs.replace(DIGITS, geometry=shape, recipe=Recipe(**changes))  # type: ignore[arg-type]
+
+
+SHIFTED = Augmentation(shift=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def test_every_subnet_learns(blobs, tmp_path):
 
 def test_the_seed_decides_every_bit(blobs, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train(blobs, tmp_path / name, preset(seed=seed, shift=0.2))
+        train(blobs, tmp_path / name, preset(seed=seed, augment=SHIFTED))
     a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
     assert a == b
     assert a != c
@@ -69,7 +75,7 @@ def test_the_seed_decides_every_bit(blobs, tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 7, 10, 13, 20])
 def test_a_stopped_run_that_goes_on_is_the_run_that_was_not_stopped(blobs, tmp_path, stop):
-    recipe = preset(shift=0.2)
+    recipe = preset(augment=SHIFTED)
     train(blobs, tmp_path / "whole", recipe)
 
     def interrupting(what: str, done: int, total: int) -> None:
@@ -84,7 +90,8 @@ def test_a_stopped_run_that_goes_on_is_the_run_that_was_not_stopped(blobs, tmp_p
     assert usable(torch.zeros(1, 1, 8, 8), heads=2).shape == (1, 10)
     train(blobs, tmp_path / "s", recipe, resume=True)
     assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("s")] == ["s"]
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith("s")} == {"s", "s.metrics.jsonl"}
+    assert [line.step for line in metrics.read(tmp_path / "s")] == [10, 20]
 
 
 def test_a_run_killed_between_epochs_goes_on_from_the_last_one(blobs, tmp_path):
@@ -119,7 +126,7 @@ def interrupted(data: str, out: Path, recipe: Preset) -> None:
     [
         (preset(seed=3), "seed (0, not 3)"),
         (preset(epochs=5), "epochs (2, not 5)"),
-        (preset(msgspec.structs.replace(SHAPE, depth=2)), "geometry"),
+        (preset(msgspec.structs.replace(SHAPE, depth=2)), "depth (1, not 2)"),
     ],
 )
 def test_resuming_as_another_run_names_what_differs(blobs, tmp_path, other, named):
@@ -151,11 +158,11 @@ def test_resuming_without_a_state_or_with_a_damaged_one_is_refused(blobs, tmp_pa
 
 def test_heads_of_weight_zero_are_never_drawn(blobs, tmp_path):
     """Slices of heads that are never drawn see no gradient: their biases keep the zeros they began with."""
-    train(blobs, tmp_path / "s", preset(sample_weights=(100, 0, 0)))
+    train(blobs, tmp_path / "s", preset(method=Method(sample_weights=(100, 0, 0))))
     tensors = load(tmp_path / "s").tensors
     assert tensors["blocks.0.attn.proj.bias"][:8].abs().min() > 0
     assert tensors["blocks.0.attn.proj.bias"][8:].abs().max() == 0
-    train(blobs, tmp_path / "t", preset(sample_weights=(0, 50, 50)))
+    train(blobs, tmp_path / "t", preset(method=Method(sample_weights=(0, 50, 50))))
     tensors = load(tmp_path / "t").tensors
     assert tensors["blocks.0.attn.proj.bias"].abs().min() > 0
 

@@ -1,0 +1,345 @@
+"""The paper's experiment at small scale: one supernet against ViTs trained one by one, and against other ways to nest.
+
+    python benchmarks/supernet.py                    every run that the file of results lacks, then the report
+    python benchmarks/supernet.py --report           the report alone
+    python benchmarks/supernet.py --runs hydravit,single-03 --seeds 0
+
+A run that is stopped goes on where it was; each appends its rows to one CSV when it ends, whatever machine it ran on.
+The report is a table with intervals over the seeds, what the paper claims held against it, and the picture of accuracy
+over MACs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from common import RESULTS, machine
+from elastic import DynaBert, Elastic, MatFormer, SortedNet
+
+from hydradeploy import train
+from hydradeploy.data.datasets import SPLITS, open_dataset
+from hydradeploy.data.preprocess import normalise
+from hydradeploy.spec import Geometry
+from hydradeploy.supernet import store
+from hydradeploy.supernet.model import Supernet
+from hydradeploy.training import state as states
+from hydradeploy.training.presets import GLYPHS
+from hydradeploy.training.recipe import Method, Preset
+from hydradeploy.training.running import Running
+
+SINGLES = (3, 6, 12)
+CSV = RESULTS / "supernet-glyphs.csv"
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # two-sided, by degrees of freedom
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what is nested how, how it is trained, and at which levels it is tested."""
+
+    what: str
+    build: Callable[[Geometry], Supernet] = Supernet
+    method: Mapping[str, Any] = field(default_factory=dict)
+    alone: int | None = None
+    teacher: str | None = None
+
+
+RUNS: Mapping[str, Run] = {
+    "hydravit": Run("the paper's recipe"),
+    **{f"single-{k:02d}": Run(f"a ViT of {k} heads trained alone", alone=k) for k in SINGLES},
+    "sandwich-distil": Run(
+        "smallest, largest and a random subnet, taught by the largest", method={"anchors": "sandwich", "distil": 0.5}
+    ),
+    "matformer": Run("MLP only", MatFormer),
+    "dynabert": Run("heads and MLP without the embedding", DynaBert),
+    "sortednet": Run("all widths, heads thinned", SortedNet),
+    "sandwich": Run("smallest, largest and a random subnet", method={"anchors": "sandwich"}),
+    "in-place": Run("largest and a random subnet, taught by the largest", method={"anchors": "largest", "distil": 0.5}),
+    "teacher": Run("taught by a ViT of 12 heads", method={"teacher_share": 0.5}, teacher="single-12"),
+    "loss-weights": Run(
+        "smaller subnets weigh more", method={"loss_weights": (2.0, 1.7, 1.4, 1.2, 1.0, 0.9, 0.8, 0.7, 0.7, 0.6)}
+    ),
+    "loss-aware": Run("subnets of a larger loss are drawn more often", method={"loss_aware": 2.0}),
+    "no-decay": Run("no decay on what is not drawn", method={"decay_unsampled": False}),
+}
+
+
+def main() -> None:
+    """Run what is missing, then report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", default=",".join(RUNS), help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", type=int, default=GLYPHS.recipe.epochs)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--data", default="glyphs", help="another data set shows that the benchmark works")
+    parser.add_argument("--work", type=Path, default=Path("build/supernet"), help="supernets and states")
+    parser.add_argument("--results", type=Path, default=CSV)
+    parser.add_argument("--report", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    if not asked.report:
+        data = _drawn(asked.data, asked.work)
+        # Seeds first: after a third of the time there is one answer to everything.
+        for seed in map(int, asked.seeds.split(",")):
+            for name in asked.runs.split(","):
+                if not _claimed(asked.work, name, seed, asked.epochs, asked.results):
+                    continue
+                _run(name, seed, asked.epochs, data, asked.work, asked.results, asked.device)
+    report(_read(asked.results), asked.epochs, asked.results)
+
+
+def preset_of(name: str, seed: int, epochs: int) -> Preset:
+    """The glyphs preset as a run changes it."""
+    run = RUNS[name]
+    geometry = GLYPHS.geometry
+    if run.alone is not None:
+        geometry = geometry.alone(run.alone)
+    recipe = msgspec.structs.replace(GLYPHS.recipe, epochs=epochs, seed=seed, method=Method(**run.method))
+    return msgspec.structs.replace(GLYPHS, geometry=geometry, recipe=recipe)
+
+
+def macs_of(name: str, level: int, geometry: Geometry) -> int:
+    """MACs per image of a level of a run."""
+    build = RUNS[name].build
+    if isinstance(build, type) and issubclass(build, Elastic):
+        with torch.device("meta"):
+            return build(geometry).shape(level).macs(geometry)
+    return geometry.alone(level).subnet(level).macs
+
+
+def cost_of(name: str) -> float:
+    """MACs per training image of one epoch's forward passes, the mean over what is drawn; a teacher's included."""
+    run, geometry = RUNS[name], GLYPHS.geometry
+    if run.alone is not None:
+        return macs_of(name, run.alone, geometry)
+    trained = geometry.trained_heads
+    macs = {k: macs_of(name, k, geometry) for k in trained}
+    method = Method(**run.method)
+    anchors = {"none": (), "largest": trained[-1:], "sandwich": (trained[0], trained[-1])}[method.anchors]
+    others = [macs[k] for k in trained if k not in anchors]
+    taught = macs[trained[-1]] if run.teacher else 0
+    return sum(macs[k] for k in anchors) + method.draws * statistics.mean(others) + taught
+
+
+def _drawn(data: str, work: Path) -> Path:
+    """The data set in one file, so that each run need not draw it."""
+    path = work / f"{Path(data).stem}.npz"
+    if path.exists():
+        return path
+    spec = GLYPHS.spec(open_dataset(data, "train").class_names)
+    arrays: dict[str, Any] = {"class_names": np.array(spec.class_names)}
+    for split in SPLITS:
+        dataset = open_dataset(data, split)
+        arrays[f"{split}_images"] = np.stack([dataset.pixels(i, spec) for i in range(len(dataset))])
+        arrays[f"{split}_labels"] = dataset.labels
+    work.mkdir(parents=True, exist_ok=True)
+    np.savez(path.with_suffix(".part.npz"), **arrays)
+    os.replace(path.with_suffix(".part.npz"), path)
+    return path
+
+
+def _claimed(work: Path, name: str, seed: int, epochs: int, results: Path) -> bool:
+    """Whether this run is still to be made, and by this process: another one's claim ends with it."""
+    import fcntl
+
+    if any((row["run"], row["seed"], row["epochs"]) == (name, str(seed), str(epochs)) for row in _read(results)):
+        return False
+    lock = (work / f"{name}-{seed}-{epochs}.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    _HELD.append(lock)
+    return True
+
+
+_HELD: list[Any] = []
+
+
+def _run(name: str, seed: int, epochs: int, data: Path, work: Path, results: Path, device: str | None) -> None:
+    run, out = RUNS[name], work / f"{name}-{seed}-{epochs}.safetensors"
+    teacher = None if run.teacher is None else work / f"{run.teacher}-{seed}-{epochs}.safetensors"
+    if teacher is not None and not teacher.exists():
+        print(f"{name}, seed {seed}: left out until {run.teacher} is trained here", file=sys.stderr)
+        return
+    if not out.exists() or states.path_of(out).exists():
+        train(
+            str(data),
+            out,
+            preset_of(name, seed, epochs),
+            teacher=teacher,
+            resume=states.path_of(out).exists(),
+            running=Running(device=device, workers=0),
+            say=lambda text: print(f"{name}, seed {seed}: {text}", file=sys.stderr, flush=True),
+            build=run.build,
+        )
+    rows = [
+        {"run": name, "seed": seed, "epochs": epochs, "level": level, "macs": macs_of(name, level, GLYPHS.geometry)}
+        | {"right": right, "n": n, "training_macs": round(cost_of(name)), "date": date.today().isoformat()}
+        | {"machine": machine(), "torch": torch.__version__}
+        for level, (right, n) in _tested(name, out, data).items()
+    ]
+    _append(results, rows)
+
+
+def _tested(name: str, file: Path, data: Path) -> dict[int, tuple[int, int]]:
+    """Right answers and images at each level. A ViT trained alone is sliced too, at every head count below its own."""
+    weights, run = store.load(file), RUNS[name]
+    geometry = weights.spec.geometry
+    if run.alone is not None:
+        levels = tuple(k for k in GLYPHS.geometry.trained_heads if k <= run.alone)
+        geometry = msgspec.structs.replace(geometry, trained_heads=levels)
+    model = run.build(geometry)
+    model.load_state_dict(weights.tensors)
+    with np.load(data) as arrays:
+        images, labels = arrays["test_images"], torch.from_numpy(arrays["test_labels"].astype(np.int64))
+    if images.ndim == 3:
+        images = images[..., None]
+    right = dict.fromkeys(geometry.trained_heads, 0)
+    for start in range(0, len(labels), 512):
+        batch = torch.from_numpy(normalise(images[start : start + 512], weights.spec.preprocessing))
+        with torch.inference_mode():
+            for level in right:
+                right[level] += int((model(batch, level).argmax(1) == labels[start : start + 512]).sum())
+    return {level: (count, len(labels)) for level, count in right.items()}
+
+
+def _append(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+Curves = dict[str, dict[int, dict[int, float]]]
+"""Top-1 in points by run, seed and level."""
+
+
+def report(rows: Sequence[Mapping[str, str]], epochs: int, path: Path) -> None:
+    """Print the table and the claims, draw the picture; of the runs of so many epochs."""
+    rows = [row for row in rows if int(row["epochs"]) == epochs]
+    curves: Curves = {}
+    for row in rows:
+        seeds = curves.setdefault(row["run"], {})
+        seeds.setdefault(int(row["seed"]), {})[int(row["level"])] = 100 * int(row["right"]) / int(row["n"])
+    levels = GLYPHS.geometry.trained_heads
+    ten = sum(macs_of("hydravit", k, GLYPHS.geometry) for k in levels)
+    print(f"{epochs} epochs; top-1 in points, mean over seeds; cost against ten trainings")
+    print("run             seeds  cost " + " ".join(f"{k:>6}" for k in levels))
+    for name in RUNS:
+        if name not in curves:
+            continue
+        seeds = curves[name].values()
+        means = [
+            f"{statistics.mean(curve[k] for curve in seeds):6.2f}" if all(k in c for c in seeds) else "     -"
+            for k in levels
+        ]
+        print(f"{name:15} {len(seeds):5} {cost_of(name) / ten:5.3f} {' '.join(means)}")
+    for line in claims(curves):
+        print(line)
+    if curves:
+        _draw(curves, path.with_suffix(".svg"))
+
+
+def claims(curves: Curves) -> list[str]:
+    """Differences in points, paired by seed, with 95 % t intervals."""
+    lines = []
+    for name in RUNS:
+        if name not in curves or RUNS[name].build is not Supernet or RUNS[name].alone is not None:
+            continue
+        for k in SINGLES:
+            if f"single-{k:02d}" in curves:
+                lines.append(_difference(curves, f"{name} - trained alone, {k} heads", name, f"single-{k:02d}", k))
+        if name != "hydravit" and "hydravit" in curves:
+            lines.append(_difference(curves, f"{name} - paper's recipe, 3 heads", name, "hydravit", 3))
+    if "single-12" in curves:
+        sliced = [statistics.mean(curve[k] for curve in curves["single-12"].values()) for k in (3, 6, 9)]
+        lines.append("trained alone with 12 heads and sliced to 3, 6, 9: " + ", ".join(f"{v:.1f}" for v in sliced))
+    for other in ("matformer", "dynabert", "sortednet"):
+        for name in ("hydravit", "sandwich-distil"):
+            if other in curves and name in curves:
+                lines.append(_at_equal_macs(curves, name, other))
+    return lines
+
+
+def _difference(curves: Curves, what: str, one: str, other: str, level: int) -> str:
+    seeds = sorted(curves[one].keys() & curves[other].keys())
+    return f"{what}: {_interval([curves[one][s][level] - curves[other][s][level] for s in seeds])}"
+
+
+def _interval(values: Sequence[float]) -> str:
+    if not values:
+        return "no seed in common"
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:+.2f} (one seed)"
+    half = T95[min(4, len(values) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}, {len(values)} seeds)"
+
+
+def _at_equal_macs(curves: Curves, name: str, other: str) -> str:
+    """At each level of the other, its top-1 against this one's, interpolated over MACs."""
+    geometry = GLYPHS.geometry
+    parts = []
+    for level in geometry.trained_heads[:-1]:
+        macs = macs_of(other, level, geometry)
+        own = [macs_of(name, k, geometry) for k in geometry.trained_heads]
+        differences = [
+            float(np.interp(macs, own, [curves[name][s][k] for k in geometry.trained_heads])) - curves[other][s][level]
+            for s in sorted(curves[name].keys() & curves[other].keys())
+        ]
+        if differences:
+            parts.append(f"{macs / 1e6:.1f}M {statistics.mean(differences):+.2f}")
+    return f"{name} - {other} at equal MACs: {', '.join(parts)}"
+
+
+def _draw(curves: Curves, path: Path) -> None:
+    """Top-1 over MACs: the mean of the seeds and their range."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, seeds in curves.items():
+        levels = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
+        if RUNS[name].alone is not None:
+            levels = levels[-1:]
+        macs = [macs_of(name, k, GLYPHS.geometry) / 1e6 for k in levels]
+        points = [[curve[k] for curve in seeds.values()] for k in levels]
+        means = [statistics.mean(values) for values in points]
+        ranges = [[statistics.mean(v) - min(v) for v in points], [max(v) - statistics.mean(v) for v in points]]
+        style = (
+            {"marker": "*", "markersize": 12, "linestyle": ""} if len(levels) == 1 else {"marker": "o", "markersize": 3}
+        )
+        axes.errorbar(macs, means, yerr=ranges, label=name, capsize=2, **style)  # type: ignore[arg-type]
+    axes.set_xlabel("MACs per image, millions")
+    axes.set_ylabel("top-1 on glyphs, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The processes of one training run, as torchrun starts them; without it, a run of one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hydradeploy.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of `world` processes this is, and the device that it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes, on the processor."""
+        return self._reduced(values, dist.ReduceOp.SUM) / self.world
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The elementwise maximum over all processes, on the processor."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The value of each process."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def _reduced(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.world == 1:
+            return values.cpu()
+        # A copy: the caller's tensor keeps this process's values.
+        reduced = values.to(self.device, copy=True)
+        dist.all_reduce(reduced, operation)
+        return reduced.cpu()
+
+
+@contextmanager
+def ranks(device: str | None = None) -> Iterator[Ranks]:
+    """Join the other processes of the run, by the variables that torchrun sets; leave them when the block ends.
+
+    `device` is cpu or cuda; by default cuda where there is one. Raises UsageError where it is not there.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"no device {kind!r} to train on", hint="cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError("cuda: torch finds no GPU here", hint="install torch for CUDA, or --device cpu")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "cuda" and local >= torch.cuda.device_count():
+        raise UsageError(
+            f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}",
+            hint="torchrun --nproc-per-node with as many as there are GPUs",
+        )
+    place = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    if world == 1:
+        yield Ranks(0, 1, place)
+        return
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), world, place)
+    finally:
+        dist.destroy_process_group()
