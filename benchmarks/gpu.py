@@ -3,10 +3,11 @@
     python benchmarks/gpu.py [--heads 3-12] [--batches 1,64] [--rounds 5] [--compiled 3,6,9,12] [--together 3-12]
 
 torch eager and torch.compile run the plain ViT that the subnet is, ours nested views of one set of weights in a CUDA
-graph (backend torch-cuda), in fp32 and fp16. A call goes from images on the host to logits on the host. Each thing has
+graph (backend torch-cuda), and ONNX Runtime's CUDA provider our graph of the subnet, as it comes and in a CUDA graph
+(backend onnxruntime-cuda), in fp32 and fp16. A call goes from images on the host to logits on the host. Each thing has
 a process of its own; they run in turns, and who waits is stopped. Ratios are of times to torch eager's in the same
 type, below 1 is faster, the median over rounds with a 95 % bootstrap interval. What does not compute torch eager's
-logits ends the benchmark; what torch cannot compile is left out.
+logits ends the benchmark; what torch cannot compile is left out, and so is ONNX Runtime where it is not usable.
 
 Switching: all subnets open in one process, two of them in turns against each alone. Memory: what the GPU has less when
 all are open against the largest alone, without what CUDA itself takes.
@@ -33,6 +34,8 @@ from hydradeploy.errors import HydraError
 from hydradeploy.spec import Subnet, parse_heads
 
 EAGER, COMPILED, NESTED = "torch eager", "torch.compile", "nested CUDA graph"
+# Each with the setting `graph`.
+ONNXRUNTIME = {"onnxruntime": "off", "onnxruntime CUDA graph": "on"}
 TYPES = ("fp32", "fp16")
 TURN_S = 0.3
 LEAST_COSINE = 0.99
@@ -46,12 +49,12 @@ def machine() -> str:
 
 
 def measured(
-    files: Files, bundle: Path, subnet: Subnet, batch: int, rounds: int, compiled: bool
+    files: Files, bundle: Path, subnet: Subnet, batch: int, rounds: int, things: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """One row for each thing."""
+    """One row for each thing in each type."""
     import numpy as np
 
-    names = [(name, kind) for kind in TYPES for name in (EAGER, COMPILED, NESTED) if compiled or name != COMPILED]
+    names = [(name, kind) for kind in TYPES for name in things]
     images, plain = str(files.images(batch)), str(files.plain(subnet.heads))
     times: dict[tuple[str, str], list[float]] = {key: [] for key in names}
     with ExitStack() as kept:
@@ -98,6 +101,9 @@ def row(
 
 def opened(request: Mapping[str, Any]) -> Callable[[Any], Any]:
     """What turns images on the host into logits there."""
+    if request["name"] in ONNXRUNTIME:
+        settings = {"graph": ONNXRUNTIME[request["name"]]}
+        return session(Path(request["bundle"]), request["artifact"], "onnxruntime-cuda", settings).run
     import torch
 
     torch.set_grad_enabled(False)
@@ -123,12 +129,23 @@ class Fixed:
         return self.largest
 
 
-def session(bundle: Path, artifact: str) -> Any:
+def session(bundle: Path, artifact: str, name: str = "torch-cuda", settings: Mapping[str, str] = {}) -> Any:
     from hydradeploy import open_bundle
     from hydradeploy.backends import Options, backend, model_of
 
-    found = open_bundle(bundle)
-    return backend("torch-cuda").open(model_of(found, found.artifact(artifact), None), Options())
+    found, runner = open_bundle(bundle), backend(name)
+    return runner.open(model_of(found, found.artifact(artifact), runner.dialect), Options(settings=settings))
+
+
+def onnxruntime() -> list[str]:
+    """Its name and version where it computes on the GPU; else none, and why is said."""
+    from hydradeploy.backends import backend
+
+    try:
+        return [f"onnxruntime-{backend('onnxruntime-cuda').software()['onnxruntime']}"]
+    except HydraError as error:
+        print(f"left out: {error.message}", file=sys.stderr)
+        return []
 
 
 def call_s(run: Callable[[], object], seconds: float) -> float:
@@ -211,12 +228,13 @@ def main() -> None:
         backend("torch-cuda")
     except HydraError as error:
         raise SystemExit(f"error: {error.message}\nhint: run this where an NVIDIA GPU is") from error
+    beside = onnxruntime()
     heads, compiled, together = (parse_heads(text) for text in (given.heads, given.compiled, given.together))
     with tempfile.TemporaryDirectory() as directory:
         files = Files(Path(directory), TINY if given.tiny else DEIT_B)
         bundle = Path(directory) / "bundle"
         export(files.supernet, bundle, heads=sorted({*heads, *together, 12}), precisions=TYPES, batch="dynamic")
-        name = f"gpu-{machine()}-{stack('torch')}"
+        name = "-".join([f"gpu-{machine()}-{stack('torch')}", *beside])
         held = []
         for kind in TYPES:
             taken: dict[str, Any] = {"machine": machine(), "type": kind}
@@ -232,7 +250,8 @@ def main() -> None:
         for batch in (int(text) for text in given.batches.split(",")):
             for k in heads:
                 subnet = files.geometry.subnet(k)
-                found = measured(files, bundle, subnet, batch, given.rounds, k in compiled)
+                things = [EAGER, *[COMPILED] * (k in compiled), NESTED, *(ONNXRUNTIME if beside else ())]
+                found = measured(files, bundle, subnet, batch, given.rounds, things)
                 for each in found:
                     print(json.dumps(each), flush=True)
                 rows += found

@@ -46,6 +46,7 @@ _SIZES = 4
 # Calls whose time on the GPU is remembered.
 _TIMES = 101
 _NOT_CAPTURED = "-1"
+_CUDA_FAILED = re.compile(r"CUDA failure \d+: [^;\n]*[^;\s]")
 _MEMORY_IS_FULL = re.compile("out of memory|Failed to allocate memory|smaller than requested bytes")
 # A capture fails where another thread of the process asks CUDA for memory meanwhile.
 _lock = threading.RLock()
@@ -313,7 +314,9 @@ def _said_so(what: str) -> Iterator[None]:
     except Exception as error:
         if _MEMORY_IS_FULL.search(str(error)):
             raise EnvironmentFailed(f"{what}: the GPU's memory is full", hint="close other sessions") from error
-        raise MissingError(f"{what}: {first_line(error)}") from error
+        # What it says of a call of CUDA's has the C++ function before it, and after it the machine's name.
+        cuda = _CUDA_FAILED.search(str(error))
+        raise MissingError(f"{what}: {cuda[0] if cuda else first_line(error)}") from error
 
 
 @cache

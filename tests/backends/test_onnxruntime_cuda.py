@@ -365,10 +365,22 @@ def test_a_full_memory_is_the_environments_fault_and_gives_all_back(runner, runt
 
 
 def test_what_fails_while_it_runs_is_one_error_and_the_session_can_be_closed(runner, runtime, opened, cuda):  # noqa: F811
-    with runner.open(model(opened, runner), Options()) as session:
-        runtime.raises = RuntimeError("CUDA failure 700: an illegal memory access\n and more")
-        with pytest.raises(MissingError, match=r"cannot run .*h04-fp32\.onnx: CUDA failure 700: an illegal .*access$"):
-            session.run(images(opened)[:1])
+    target = model(opened, runner)
+    with runner.open(target, Options()) as session:
+        for words, told in (
+            (
+                "/x.cc:154 int CudaCall() [with T = int] CUDA failure 700: an illegal access ; GPU=0 ; hostname=here",
+                "CUDA failure 700: an illegal access",
+            ),
+            (
+                "Non-zero status code while running Conv node. Name:'embed.conv'\n{json}",
+                "Non-zero status code while running Conv node. Name:'embed.conv'",
+            ),
+        ):
+            runtime.raises = RuntimeError(words)
+            with pytest.raises(MissingError) as failed:
+                session.run(images(opened)[:1])
+            assert failed.value.message == f"onnxruntime-cuda cannot run {target.graph}: {told}"
         runtime.raises = None
         cuda.fail("cudaMemcpyAsync", 700)
         with pytest.raises(MissingError, match=r"cannot run .*: cudaMemcpyAsync: "):
