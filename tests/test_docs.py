@@ -82,27 +82,42 @@ def test_the_readme_runs_from_top_to_bottom(workplace, capsys):
     assert "h06-fp32" in capsys.readouterr().out
 
 
-def test_the_guide_to_precisions_runs_from_top_to_bottom(workplace):
-    """As it stands, each command in the directory that the one before it left."""
-    found = commands(ROOT / "docs" / "exporting.md")
-    assert len(found) >= 5
+def run_through(page: str, least: int) -> None:
+    """Run a page's commands as they stand, each in the directory that the one before it left."""
+    found = commands(ROOT / "docs" / page)
+    assert len(found) >= least
     for command in found:
         ran = subprocess.run([sys.executable, "-m", *shlex.split(command)], capture_output=True, text=True)
         assert ran.returncode == 0, f"{command}\n{ran.stderr}"
+
+
+def test_the_guide_to_precisions_runs_from_top_to_bottom(workplace):
+    run_through("exporting.md", least=5)
     artifacts = open_bundle(workplace / "bundle").manifest.artifacts
     assert {artifact.precision for artifact in artifacts} == set(PRECISION_NAMES)
     assert {artifact.name for artifact in artifacts} >= {"h06-fp16-uint8", "h12-int8"}
 
 
+def test_the_guide_to_imagenet_runs_from_top_to_bottom(workplace):
+    run_through("imagenet.md", least=6)
+    crops = {name: open_bundle(workplace / name).spec.preprocessing.crop_pct for name in ("bundle", "crop90")}
+    assert crops == {"bundle": 0.875, "crop90": 0.9}
+
+
 def test_other_pages_hold_no_command_that_nobody_runs():
-    assert [page.name for page in PAGES if commands(page)] == ["README.md", "exporting.md"]
+    assert [page.name for page in PAGES if commands(page)] == ["README.md", "exporting.md", "imagenet.md"]
 
 
 @pytest.mark.parametrize(
-    ("page", "least"), [("jetson.md", {"doctor", "profile", "pick", "run"}), ("remote.md", {"profile", "pick"})]
+    ("page", "least"),
+    [
+        ("data.md", {"train", "export", "evaluate"}),
+        ("jetson.md", {"doctor", "profile", "pick", "run"}),
+        ("remote.md", {"profile", "pick"}),
+    ],
 )
-def test_our_commands_for_devices_exist_with_their_options(page, least):
-    """They need a device to run. Here the command line's own parser reads them, which refuses what it lacks."""
+def test_our_commands_for_devices_and_large_data_exist_with_their_options(page, least):
+    """They need a device or hours. Here the command line's own parser reads them, which refuses what it lacks."""
     import typer
 
     from hydradeploy.cli import app
@@ -116,7 +131,7 @@ def test_our_commands_for_devices_exist_with_their_options(page, least):
         group.commands[name].make_context(name, arguments)
     extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     installed = {extra for line in lines for extra in re.findall(r"hydradeploy\[(\w+)\]", line)}
-    assert installed or page == "remote.md"
+    assert installed or page in ("data.md", "remote.md")
     for extra in installed:
         assert f"\n{extra} = " in extras
 
