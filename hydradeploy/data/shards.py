@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -38,12 +37,13 @@ CLASS_FILES = ("classes.txt", "synset_words.txt")
 _NAMED = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)[-_.]?\d+(?:-of-\d+)?\.tar")
 _SPLITS: Mapping[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _COMPRESSED = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tgz")
-_IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
+_IMAGES = frozenset(suffix[1:].encode() for suffix in SUFFIXES)
 _FORMAT = "1"  # of the cached index
-_MOST_LABEL_BYTES = 1 << 20
+_MOST_SMALL_BYTES = 1 << 20  # of a label, a name
 _MOST_CLASSES = 1_000_000  # a damaged label should not make billions of names
 _MOST_OPEN = 128  # a process may have 1,024 files open, and ImageNet has as many shards
 _BLOCK = 512  # of a tar file
+_END = bytes(_BLOCK)
 
 
 def find(folder: Path) -> dict[Split, tuple[Path, ...]]:
@@ -262,9 +262,12 @@ def _dumped(paths: Sequence[Path], stamps: Sequence[_Stamp], indices: Sequence[_
 class _Sample:
     """What was seen so far of the members of one key: offset and length in the shard."""
 
-    key: str
+    key: bytes
     image: tuple[int, int] | None = None
-    others: dict[str, tuple[int, int]] = field(default_factory=dict)
+    others: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.key.decode(errors="replace")
 
 
 class _Described(msgspec.Struct):
@@ -279,57 +282,109 @@ def _scan(path: Path) -> _Index:
     labels: list[int] = []
     keys: list[bytes] = []
     with environment(f"reading {path}"), path.open("rb", buffering=0) as file:
-        for sample in _samples(path, file):
+        for sample in _samples(path, file.fileno()):
             if sample.image is None:
-                raise InputError(f"{path}: {sample.key}: has no image ({', '.join(sorted(_IMAGES))})")
+                raise InputError(f"{path}: {sample}: has no image ({', '.join(SUFFIXES)})")
             places.append(sample.image)
             labels.append(_label(path, sample, file.fileno()))
-            keys.append(os.fsencode(sample.key))
+            keys.append(sample.key)
     if not keys:
         raise InputError(f"{path}: holds no sample", hint="a sample is an image and a member .cls or .json of its name")
     return _Index(np.array(places, np.int64), np.array(labels, np.int64), np.array(keys))
 
 
-def _samples(path: Path, file: io.FileIO) -> Iterator[_Sample]:
+def _samples(path: Path, descriptor: int) -> Iterator[_Sample]:
     sample: _Sample | None = None
-    for member in _members(path, file):
-        folder, _, name = member.name.rpartition("/")
-        stem, _, suffix = name.partition(".")
-        # Directories, what macOS packs beside each file, and WebDataset's own notes.
-        if not member.isreg() or not stem or stem.startswith("__"):
+    for name, *place in _members(path, descriptor):
+        folder, slash, base = name.rpartition(b"/")
+        stem, _, suffix = base.partition(b".")
+        # Folders, what macOS packs beside each file, and WebDataset's own notes.
+        if not stem or stem.startswith(b"__"):
             continue
-        key = f"{folder}/{stem}" if folder else stem
+        key = folder + slash + stem
         if sample is None or key != sample.key:
             if sample is not None:
                 yield sample
             sample = _Sample(key)
-        place = (member.offset_data, member.size)
+        offset, length = place
         if suffix.lower() not in _IMAGES:
-            sample.others[suffix.lower()] = place
+            sample.others[suffix.lower()] = (offset, length)
         elif sample.image is None:
-            sample.image = place
+            sample.image = (offset, length)
         else:
-            raise InputError(f"{path}: {key}: has two images")
+            raise InputError(f"{path}: {sample}: has two images")
     if sample is not None:
         yield sample
 
 
-def _members(path: Path, file: io.FileIO) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar file, which must have its mark of the end: tarfile takes a truncated one for a whole one."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            yield from archive
-            end = archive.offset
-        whole = os.pread(file.fileno(), _BLOCK, end) == bytes(_BLOCK)
-    except MemoryError:
-        raise
-    # A damaged header raises whatever its bytes lead tarfile to.
-    except Exception as error:
-        raise InputError(
-            f"{path}: not a readable tar file ({error})", hint="a shard is a tar without compression"
-        ) from error
-    if not whole:
-        raise InputError(f"{path}: truncated or damaged at byte {end}", hint="fetch the shard again")
+def _members(path: Path, descriptor: int) -> Iterator[tuple[bytes, int, int]]:
+    """Name, offset and length of each file in a tar file (POSIX.1-2001 ustar and pax, GNU's long names).
+
+    Python's tarfile takes several times as long, and a truncated or damaged file for one that ends there.
+    """
+    end, offset = os.fstat(descriptor).st_size, 0
+    extended: dict[bytes, bytes] = {}  # what precedes a member and is of it
+    while (header := os.pread(descriptor, _BLOCK, offset)) != _END:
+        try:
+            kind, size = header[156:157], _size(header)
+            if kind not in _GIVEN:
+                size = int(extended.get(b"size", size))
+            data, offset = offset + _BLOCK, offset + _BLOCK + (0 if kind in _EMPTY else -(-size // _BLOCK) * _BLOCK)
+            if size < 0 or offset > end or (kind in _GIVEN and size > _MOST_SMALL_BYTES):
+                raise ValueError(f"{size} bytes of {header[:100]!r}")
+            if kind in _GIVEN:
+                extended |= _GIVEN[kind](os.pread(descriptor, size, data))
+                continue
+        except ValueError as error:
+            where = f"truncated or damaged at byte {offset}" if offset else "not a readable tar file"
+            raise InputError(f"{path}: {where}", hint="a shard is a whole tar file without compression") from error
+        if kind in _FILES:
+            yield extended.get(b"path") or _name(header), data, size
+        extended = {}
+
+
+def _size(header: bytes) -> int:
+    """The bytes of a member, once the header's own sum is right; raises ValueError where it is not."""
+    if len(header) < _BLOCK or sum(header) - sum(header[148:156]) + 8 * ord(" ") != _number(header[148:156]):
+        raise ValueError("no header")
+    return _number(header[124:136])
+
+
+def _number(digits: bytes) -> int:
+    """Octal digits, or GNU's binary for what has too many of them."""
+    if digits[0] & 0x80:
+        return int.from_bytes(digits[1:], "big")
+    return int(digits.partition(b"\0")[0].strip() or b"0", 8)
+
+
+def _name(header: bytes) -> bytes:
+    name = header[:100].partition(b"\0")[0]
+    folder = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return folder + b"/" + name if folder else name
+
+
+def _records(data: bytes) -> dict[bytes, bytes]:
+    """Of pax: each its length in digits, a space, name=value and a line feed."""
+    found: dict[bytes, bytes] = {}
+    while data:
+        length, _, _ = data.partition(b" ")
+        record, data = data[: int(length)], data[int(length) :]
+        name, equals, value = record[len(length) + 1 : -1].partition(b"=")
+        if not equals or not record.endswith(b"\n"):
+            raise ValueError(f"no record: {record!r}")
+        found[name] = value
+    return found
+
+
+# By the kind of a member: the parser of what is said there of the next one.
+_GIVEN: Mapping[bytes, Callable[[bytes], dict[bytes, bytes]]] = {
+    b"x": _records,
+    b"L": lambda data: {b"path": data.partition(b"\0")[0]},
+    b"K": lambda data: {},  # of a link's target
+    b"g": lambda data: {},  # of all members: dates and owners
+}
+_FILES = (b"0", b"\0", b"7")
+_EMPTY = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
 
 
 def _label(path: Path, sample: _Sample, descriptor: int) -> int:
@@ -338,19 +393,19 @@ def _label(path: Path, sample: _Sample, descriptor: int) -> int:
         if suffix not in sample.others:
             continue
         offset, length = sample.others[suffix]
-        text = os.pread(descriptor, min(length, _MOST_LABEL_BYTES), offset)
+        text = os.pread(descriptor, min(length, _MOST_SMALL_BYTES), offset)
         try:
             label = parse(text)
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
-            raise InputError(f"{path}: {sample.key}.{suffix}: holds no label ({error})") from error
+            raise InputError(f"{path}: {sample}.{suffix.decode()}: holds no label ({error})") from error
         if not 0 <= label < _MOST_CLASSES:
-            raise InputError(f"{path}: {sample.key}.{suffix}: the label {label} is none, they count from 0")
+            raise InputError(f"{path}: {sample}.{suffix.decode()}: the label {label} is none, they count from 0")
         return label
-    raise InputError(f"{path}: {sample.key}: has no label", hint="a member .cls or .json of the image's name")
+    raise InputError(f"{path}: {sample}: has no label", hint="a member .cls or .json of the image's name")
 
 
 def _described(text: bytes) -> int:
     return msgspec.json.decode(text, type=_Described).label
 
 
-_LABELS: Mapping[str, Callable[[bytes], int]] = {"cls": int, "json": _described}
+_LABELS: Mapping[bytes, Callable[[bytes], int]] = {b"cls": int, b"json": _described}

@@ -87,6 +87,31 @@ def test_every_format_of_tar_is_read_with_names_of_any_length(tmp_path, layout):
     assert shown(found)[1] == np.asarray(Image.open(io.BytesIO(encoded(2)))).tobytes()
 
 
+@pytest.mark.parametrize("layout", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_member_of_more_bytes_than_the_headers_digits_can_say_is_stepped_over(tmp_path, layout):
+    path, info = tmp_path / "val-0.tar", tarfile.TarInfo("a.bin")
+    info.size = 9 << 30
+    with path.open("wb") as file:
+        file.write(info.tobuf(layout))
+        file.seek(info.size, os.SEEK_CUR)  # a hole, which takes no place on the disk
+        file.write(shard(tmp_path / "rest.tar", *sample("a", 0, 1)).read_bytes())
+    (tmp_path / "rest.tar").unlink()
+    found = open_dataset(str(tmp_path), "val")
+    assert shown(found) == [np.asarray(Image.open(io.BytesIO(encoded(1)))).tobytes()]
+
+
+@pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_links_and_folders_are_no_images(tmp_path, layout):
+    path = tmp_path / "val-0.tar"
+    with tarfile.open(path, "w", format=layout) as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
+            info = tarfile.TarInfo("l" * 90 + ".jpg")
+            info.type, info.linkname = kind, "a" * (90 if layout == tarfile.USTAR_FORMAT else 150)
+            archive.addfile(info)
+    with pytest.raises(InputError, match="holds no sample"):
+        open_dataset(str(tmp_path), "val")
+
+
 @pytest.mark.parametrize(
     ("train", "val"),
     [
