@@ -125,7 +125,7 @@ class Loop:
         if self._ranks.world == 1:
             return called
         ids = [self._ranks.device.index] if self._ranks.device.type == "cuda" else None
-        return DistributedDataParallel(called, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(called, device_ids=ids, gradient_as_bucket_view=True)
 
     def _passes(
         self, heads: tuple[int, ...], images: Tensor, targets: Tensor, keep: Tensor | None, *, last_part: bool

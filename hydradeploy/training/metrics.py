@@ -39,7 +39,7 @@ def path_of(out: Path) -> Path:
 class Metrics:
     """Writes each line to both places; lines past the step that a run goes on from are dropped first."""
 
-    def __init__(self, out: Path, tensorboard: Path | None, step: int) -> None:
+    def __init__(self, out: Path, tensorboard: str | None, step: int) -> None:
         self._path = path_of(out)
         kept = [line for line in read(out) if line.step <= step] if step else []
         with environment(f"writing {self._path}"):
@@ -85,8 +85,8 @@ def check_tensorboard() -> None:
         raise MissingError("TensorBoard is not installed", hint="pip install tensorboard")
 
 
-def _board(path: Path, step: int) -> Any:
+def _board(path: str, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     with environment(f"writing {path}"):
-        return SummaryWriter(str(path), purge_step=step + 1 if step else None)
+        return SummaryWriter(path, purge_step=step + 1 if step else None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hydradeploy.spec import Record
 
 
@@ -23,7 +21,7 @@ class Running(Record, frozen=True, kw_only=True):
     compile: bool = False
     save_every: int | None = None
     bad_images: int = 0
-    tensorboard: Path | None = None
+    tensorboard: str | None = None
 
     def __post_init__(self) -> None:
         for field, least in (("workers", 0), ("accumulate", 1), ("bad_images", 0)):

@@ -281,5 +281,11 @@ def test_a_backend_that_is_not_installed_says_so(name, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda n: None if n == package else original(n))
     with pytest.raises(MissingError, match=f"{package} is not installed") as refused:
         backend(name)
-    extras = {"onnxruntime": "ort", "openvino": "openvino", "torch": "export", "torch-cuda": "export"}
+    extras = {
+        "onnxruntime": "ort",
+        "openvino": "openvino",
+        "torch": "export",
+        "torch-cuda": "export",
+        "onnxruntime-cuda": "cuda",
+    }
     assert refused.value.hint == f"pip install 'hydradeploy[{extras[name]}]'"
