@@ -7,7 +7,9 @@ run was stopped changes what a step sees.
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,6 +32,7 @@ from hydradeploy.training.recipe import Recipe
 _ORDER, _SHIFT, _IMAGE = 1, 2, 4  # streams of random numbers; 3 is that of the head counts
 _IN_MEMORY = 1 << 29
 _BATCH = 256
+_MOST_READERS = 8
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,12 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """The number of images."""
+
+
+def readers() -> int:
+    """How many processes that read images each of this machine's training processes has by default."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MOST_READERS, len(os.sched_getaffinity(0)) // here))
 
 
 def source(dataset: Dataset, spec: Spec, recipe: Recipe, workers: int) -> Source:
@@ -163,16 +172,19 @@ class Streamed:
 
     def _read(self, keys: _Keys | list[list[_Key]], recipe: Recipe | None) -> Iterator[Batch]:
         reading = _Reading(self._dataset, self._spec, recipe)
-        loader: DataLoader[Any] = DataLoader(
-            reading,
-            batch_sampler=keys,
-            num_workers=self._workers,
-            collate_fn=_collated,
-            worker_init_fn=_quiet,
-            pin_memory=torch.cuda.is_available(),
-            # A reader is a closure, which only a forked process has.
-            multiprocessing_context="fork" if self._workers else None,
-        )
+        # More workers than cores are what was asked for, and no reason for a warning of torch's.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            loader: DataLoader[Any] = DataLoader(
+                reading,
+                batch_sampler=keys,
+                num_workers=self._workers,
+                collate_fn=_collated,
+                worker_init_fn=_quiet,
+                pin_memory=torch.cuda.is_available(),
+                # A reader is a closure, which only a forked process has.
+                multiprocessing_context="fork" if self._workers else None,
+            )
         yield from loader
 
 
@@ -221,7 +233,7 @@ class _Reading(TorchDataset[_Item]):
             pixels = self._dataset.pixels(index, self._spec)
             return normalise(pixels[None], self._spec.preprocessing).squeeze(0)
         random = np.random.default_rng([self._recipe.seed, _IMAGE, epoch, index])
-        where = f"{self._dataset.name}: image {index}"
+        where = self._dataset.where(index)
         pixels = augmented(self._dataset.read(index), self._spec, self._recipe.augment, random, where)
         image = normalise(pixels[None], self._spec.preprocessing).squeeze(0)
         erase(image, self._recipe.augment, random)

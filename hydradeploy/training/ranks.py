@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hydradeploy.errors import UsageError
+from hydradeploy.errors import EnvironmentFailed, UsageError
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,16 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    @contextmanager
+    def one_first(self) -> Iterator[None]:
+        """Let one process of each machine through the block before the others."""
+        waits = int(os.environ.get("LOCAL_RANK", "0")) > 0
+        if self.world > 1 and waits:
+            dist.barrier()
+        yield
+        if self.world > 1 and not waits:
+            dist.barrier()
+
     def _reduced(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.world == 1:
             return values.cpu()
@@ -57,7 +67,8 @@ class Ranks:
 def ranks(device: str | None = None) -> Iterator[Ranks]:
     """Join the other processes of the run, by the variables that torchrun sets; leave them when the block ends.
 
-    `device` is cpu or cuda; by default cuda where there is one. Raises UsageError where it is not there.
+    `device` is cpu or cuda; by default cuda where there is one. Raises UsageError where it is not there,
+    EnvironmentFailed when another process has ended.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
@@ -80,5 +91,11 @@ def ranks(device: str | None = None) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), world, place)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise EnvironmentFailed(
+            "another process of this run has ended", hint="its own message says why; --resume goes on"
+        ) from error
     finally:
         dist.destroy_process_group()

@@ -23,7 +23,7 @@ from hydradeploy.supernet import store
 from hydradeploy.supernet.model import Supernet
 from hydradeploy.training import metrics
 from hydradeploy.training import state as states
-from hydradeploy.training.batches import Batch, Order, Share, Source, source
+from hydradeploy.training.batches import Batch, Order, Share, Source, readers, source
 from hydradeploy.training.loop import Loop, arithmetic
 from hydradeploy.training.ranks import Ranks, ranks
 from hydradeploy.training.recipe import Preset, check_weights
@@ -101,7 +101,9 @@ def _prepared(
     build: Callable[[Geometry], Supernet],
 ) -> _Run:
     recipe = preset.recipe
-    dataset = open_dataset(data, "train")
+    with us.one_first():  # it leaves the index of shards to the others
+        dataset = open_dataset(data, "train")
+        validation = _same_classes(data, "val", dataset)
     spec = preset.spec(dataset.class_names)
     if len(dataset) < recipe.batch_size:
         raise InputError(
@@ -113,8 +115,8 @@ def _prepared(
             f"a batch of {recipe.batch_size} cannot be shared by {us.world} processes in {running.accumulate} parts",
             hint="choose a --batch-size that is a multiple of both",
         )
-    images = source(dataset, spec, recipe, running.workers)
-    held_out = source(_same_classes(data, "val", dataset), spec, recipe, running.workers)
+    workers = readers() if running.workers is None else running.workers
+    images, held_out = source(dataset, spec, recipe, workers), source(validation, spec, recipe, workers)
     progress = states.Progress(
         spec=spec,
         recipe=recipe,

@@ -1,0 +1,176 @@
+"""Two processes on one machine, over gloo: they share each batch, a killed run goes on exactly, all end together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hydradeploy.supernet.store import load
+from hydradeploy.training import metrics
+
+SHAPE = "--image-size 8 --patch-size 4 --head-dim 8 --trained-heads 1-3 --depth 1 --batch-size 16".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def blobs(tmp_path_factory) -> str:
+    generator = np.random.default_rng(0)
+    patterns = generator.integers(0, 256, (10, 8, 8))
+    arrays = {}
+    for split, count in (("train", 160), ("val", 45)):
+        labels = np.arange(count) % 10
+        noisy = patterns[labels] + generator.normal(0, 20, (count, 8, 8))
+        arrays |= {f"{split}_images": np.clip(noisy, 0, 255).astype(np.uint8), f"{split}_labels": labels}
+    path = tmp_path_factory.mktemp("blobs") / "blobs.npz"
+    np.savez(path, **arrays)
+    return str(path)
+
+
+class Together:
+    """So many processes of one `train`, started as torchrun starts them."""
+
+    def __init__(self, count: int, *options: str, prelude: str = "") -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command = [sys.executable, "-m", "hydradeploy", "train", *options]
+        if prelude:
+            command = [sys.executable, "-c", f"{prelude}\nfrom hydradeploy.cli import main\nmain()", "train", *options]
+        self.processes = [
+            subprocess.Popen(
+                command,
+                env=os.environ
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(count)
+        ]
+
+    def end(self) -> list[tuple[int, str, str]]:
+        """Exit code, stdout and stderr of each."""
+        ended = [process.communicate(timeout=120) for process in self.processes]
+        return [(process.returncode, *texts) for process, texts in zip(self.processes, ended, strict=True)]
+
+    def kill(self, by: signal.Signals) -> None:
+        for process in self.processes:
+            process.send_signal(by)
+
+
+def trained(count: int, *options: str) -> list[tuple[int, str, str]]:
+    ended = Together(count, *options).end()
+    assert [code for code, _, _ in ended] == [0] * count, ended
+    return ended
+
+
+def test_two_that_draw_alike_are_one_up_to_rounding_and_only_the_first_speaks(blobs, tmp_path):
+    same = ("--data", blobs, *SHAPE, "--epochs", "2", "--head-draw", "shared")
+    trained(1, *same, "--out", str(tmp_path / "one"))
+    (_, out, err), (_, other_out, other_err) = trained(2, *same, "--out", str(tmp_path / "two"))
+    assert "top-1 on held-out images" in out
+    assert "epoch 2/2" in err
+    assert other_out == ""
+    assert "epoch" not in other_err
+    one, two = load(tmp_path / "one").tensors, load(tmp_path / "two").tensors
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+    # The held-out images, an odd number, are shared and counted once.
+    last = metrics.read(tmp_path / "two")[-1]
+    for share in last.top1.values():
+        assert share * 45 == pytest.approx(round(share * 45))
+
+
+def test_two_that_draw_each_its_own_train_something_else(blobs, tmp_path):
+    trained(2, "--data", blobs, *SHAPE, "--epochs", "1", "--out", str(tmp_path / "own"))
+    trained(2, "--data", blobs, *SHAPE, "--epochs", "1", "--out", str(tmp_path / "same"), "--head-draw", "shared")
+    own, same = load(tmp_path / "own").tensors, load(tmp_path / "same").tensors
+    assert not torch.equal(own["head.weight"], same["head.weight"])
+
+
+OPTIONS = ("--anchors", "largest", "--distil", "0.5", "--accumulate", "2", "--save-every", "3")
+
+
+def test_a_killed_run_of_two_that_goes_on_is_the_run_that_was_not_killed(blobs, tmp_path):
+    same = ("--data", blobs, *SHAPE, "--epochs", "3", *OPTIONS)
+    trained(2, *same, "--out", str(tmp_path / "whole"))
+    # Slow enough to be killed in the middle, whatever the machine's speed.
+    slow = "import time\nfrom hydradeploy.training.loop import Loop\nreal = Loop.step\n"
+    slow += "def step(self, n, p):\n    time.sleep(0.1)\n    real(self, n, p)\nLoop.step = step\n"
+    run = Together(2, *same, "--out", str(tmp_path / "s"), prelude=slow)
+    state = tmp_path / "s.training"
+    deadline = time.monotonic() + 100
+    while not state.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    run.kill(signal.SIGKILL)
+    assert [code for code, _, _ in run.end()] == [-9, -9]
+    assert not (tmp_path / "s").exists()
+    trained(2, *same, "--out", str(tmp_path / "s"), "--resume")
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert [line.step for line in metrics.read(tmp_path / "s")] == [10, 20, 30]
+    assert not state.exists()
+
+
+def test_ctrl_c_stops_all_at_one_step_and_one_process_may_go_on(blobs, tmp_path):
+    same = ("--data", blobs, *SHAPE, "--epochs", "40", "--out", str(tmp_path / "s"))
+    run = Together(2, *same)
+    first = run.processes[0]
+    assert first.stderr is not None
+    while "epoch 1/" not in (line := first.stderr.readline()):
+        assert line, "ended before its first epoch"
+    run.kill(signal.SIGINT)
+    ended = run.end()
+    assert [code for code, _, _ in ended] == [130, 130], ended
+    assert "is usable as it is; go on with --resume" in ended[0][2]
+    assert load(tmp_path / "s").spec.geometry.heads == 3
+    ((_, _, err),) = trained(1, *same, "--resume")
+    assert "goes on with 1 processes, not 2" in err
+
+
+def test_a_loss_that_is_not_finite_ends_both_with_the_step(blobs, tmp_path):
+    ended = Together(2, "--data", blobs, *SHAPE, "--lr", "1e30", "--out", str(tmp_path / "s")).end()
+    assert [code for code, _, _ in ended] == [11, 11]
+    assert all("the loss is nan at step" in err for _, _, err in ended)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(blobs, tmp_path):
+    ended = Together(2, "--data", blobs, *SHAPE, "--accumulate", "3", "--out", str(tmp_path / "s")).end()
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert "a batch of 16 cannot be shared by 2 processes in 3 parts" in ended[0][2]
+
+
+def test_the_others_end_with_one_line_when_one_is_killed(blobs, tmp_path):
+    run = Together(2, "--data", blobs, *SHAPE, "--epochs", "500", "--out", str(tmp_path / "s"))
+    first, second = run.processes
+    assert first.stderr is not None
+    while "epoch 1/" not in (line := first.stderr.readline()):
+        assert line, "ended before its first epoch"
+    second.kill()
+    code, _, err = run.end()[0]
+    assert code == 12, err
+    assert "error: another process of this run has ended" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_torchrun_starts_them(blobs, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "hydradeploy", "train"]
+    ended = subprocess.run(
+        [*command, "--data", blobs, *SHAPE, "--epochs", "1", "--out", str(tmp_path / "s")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "top-1 on held-out images" in ended.stdout
+    assert Path(tmp_path / "s").exists()

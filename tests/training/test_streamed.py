@@ -1,0 +1,193 @@
+"""Images read as they are needed: the same whoever reads them, exact when a run goes on, and bad ones counted."""
+
+from __future__ import annotations
+
+import io
+import signal
+import tarfile
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hydradeploy import train
+from hydradeploy.data.augment import Augmentation
+from hydradeploy.data.datasets import open_dataset
+from hydradeploy.errors import InputError
+from hydradeploy.training import metrics
+from hydradeploy.training import state as states
+from hydradeploy.training.batches import Order, Share, Streamed, source
+from hydradeploy.training.presets import HYDRAVIT_IMAGENET
+from hydradeploy.training.recipe import Preset
+from hydradeploy.training.running import Running
+from tests.conftest import geometry
+
+SHAPE = geometry(
+    image_size=16, patch_size=8, channels=3, head_dim=8, heads=3, trained_heads=(1, 2, 3), depth=1, mlp_ratio=2.0
+)
+
+
+def preset(**changes: object) -> Preset:
+    """The paper's recipe in little."""
+    little = {"epochs": 2, "batch_size": 8, "warmup_epochs": 0, "cooldown_epochs": 1}
+    recipe = msgspec.structs.replace(HYDRAVIT_IMAGENET.recipe, **(little | changes))
+    return msgspec.structs.replace(HYDRAVIT_IMAGENET, geometry=SHAPE, recipe=recipe)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three classes of 8 images to train on and 4 held out, as ImageNet lies on disk."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for name in ("n01", "n02", "n03"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.JPEG")
+    return root
+
+
+def test_everything_of_the_recipe_trains_from_folders(folder, tmp_path):
+    trained = train(str(folder), tmp_path / "s", preset(), running=Running(workers=2))
+    assert set(trained.top1) == {1, 2, 3}
+    assert trained.spec.class_names == ("n01", "n02", "n03")
+    assert trained.spec.preprocessing.crop_pct == 0.875
+    assert [line.epoch for line in metrics.read(tmp_path / "s")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_readers_changes_no_bit(folder, tmp_path, workers):
+    train(str(folder), tmp_path / "none", preset(), running=Running(workers=0))
+    train(str(folder), tmp_path / "some", preset(), running=Running(workers=workers))
+    assert (tmp_path / "none").read_bytes() == (tmp_path / "some").read_bytes()
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_a_stopped_run_that_goes_on_is_the_run_that_was_not_stopped(folder, tmp_path, stop):
+    def interrupting(what: str, done: int, total: int) -> None:
+        if done == stop:
+            signal.raise_signal(signal.SIGINT)
+
+    train(str(folder), tmp_path / "whole", preset(), running=Running(workers=1))
+    with pytest.raises(KeyboardInterrupt):
+        train(str(folder), tmp_path / "s", preset(), running=Running(workers=2), report=interrupting)
+    train(str(folder), tmp_path / "s", preset(), running=Running(workers=0), resume=True)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_an_image_is_varied_from_epoch_to_epoch_and_alike_in_one(folder):
+    recipe, spec = preset().recipe, preset().spec(("n01", "n02", "n03"))
+    images = source(open_dataset(str(folder), "train"), spec, recipe, 0)
+    order = Order(24, 24, 0)
+
+    def epoch(number: int) -> dict[int, np.ndarray]:
+        (batch,) = images.steps(order, number, number + 1, Share())
+        return dict(zip(map(int, order.of(number)[1]), batch.images.numpy(), strict=True))
+
+    first, again, second = epoch(0), epoch(0), epoch(1)
+    assert all(np.array_equal(first[i], again[i]) for i in first)
+    assert not any(np.array_equal(first[i], second[i]) for i in first)
+
+
+def test_small_images_that_are_taken_whole_come_from_memory_and_are_those_on_disk(folder):
+    spec = preset().spec(("n01", "n02", "n03"))
+    dataset = open_dataset(str(folder), "val")
+    plain = msgspec.structs.replace(preset().recipe, augment=Augmentation())
+    held = source(dataset, spec, plain, 0)
+    read = source(dataset, spec, preset().recipe, 0)
+    assert isinstance(read, Streamed)
+    assert not isinstance(held, Streamed)
+    for one, other in zip(held.plainly(range(12)), read.plainly(range(12)), strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+@pytest.fixture
+def broken(folder, tmp_path) -> Path:
+    """The same images, two of them damaged."""
+    import shutil
+
+    root = tmp_path / "broken"
+    shutil.copytree(folder, root)
+    for name in ("n01/3.JPEG", "n03/0.JPEG"):
+        path = root / "train" / name
+        path.write_bytes(path.read_bytes()[:200])
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_stops_the_run_by_name(broken, tmp_path, workers):
+    with pytest.raises(InputError, match=r"(n01/3|n03/0)\.JPEG.*1 images that cannot be read, 0 allowed") as refused:
+        train(str(broken), tmp_path / "s", preset(), running=Running(workers=workers))
+    assert "--bad-images" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_so_many_as_are_allowed_are_named_once_counted_and_replaced(broken, tmp_path, workers):
+    said: list[str] = []
+    running = Running(workers=workers, bad_images=2)
+    train(str(broken), tmp_path / "s", preset(), running=running, say=said.append)
+    named = [line for line in said if "takes its place" in line]
+    assert len(named) == 2
+    assert {"n01/3.JPEG" in line for line in named} == {True, False}
+    assert [line.bad_images for line in metrics.read(tmp_path / "s")][-1] == 2
+
+
+def test_what_was_counted_is_kept_when_a_run_goes_on(broken, tmp_path):
+    def interrupting(what: str, done: int, total: int) -> None:
+        if done == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    running = Running(workers=0, bad_images=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(str(broken), tmp_path / "s", preset(), running=running, report=interrupting)
+    assert len(states.load(tmp_path / "s").progress.bad) == 2
+    said: list[str] = []
+    train(str(broken), tmp_path / "s", preset(), running=running, resume=True, say=said.append)
+    assert not any("takes its place" in line for line in said)
+    assert metrics.read(tmp_path / "s")[-1].bad_images == 2
+
+
+def test_a_held_out_image_that_cannot_be_read_is_an_error(folder, tmp_path):
+    import shutil
+
+    root = tmp_path / "broken"
+    shutil.copytree(folder, root)
+    (root / "val" / "n02" / "1.JPEG").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"n02/1\.JPEG"):
+        train(str(root), tmp_path / "s", preset(), running=Running(workers=1, bad_images=5))
+
+
+def shards(folder: Path, root: Path) -> Path:
+    """The same images as tar shards, ten samples each."""
+    root.mkdir()
+    for split in ("train", "val"):
+        samples = [
+            (path, label)
+            for label, name in enumerate(("n01", "n02", "n03"))
+            for path in sorted((folder / split / name).iterdir())
+        ]
+        for number, start in enumerate(range(0, len(samples), 10)):
+            with tarfile.open(root / f"{split}-{number:04d}.tar", "w") as tar:
+                for i, (path, label) in enumerate(samples[start : start + 10], start):
+                    for suffix, data in (("jpg", path.read_bytes()), ("cls", str(label).encode())):
+                        entry = tarfile.TarInfo(f"{i:06d}.{suffix}")
+                        entry.size = len(data)
+                        tar.addfile(entry, io.BytesIO(data))
+    return root
+
+
+def test_shards_train_as_the_folder_does(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    train(str(folder), tmp_path / "a", preset(), running=Running(workers=1))
+    trained = train(str(shards(folder, tmp_path / "shards")), tmp_path / "b", preset(), running=Running(workers=1))
+    assert trained.spec.class_names == ("0", "1", "2")
+    # All but the names of the classes is the same.
+    from hydradeploy.supernet.store import load
+
+    one, other = load(tmp_path / "a").tensors, load(tmp_path / "b").tensors
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
