@@ -185,7 +185,8 @@ class Streamed:
                 # A reader is a closure, which only a forked process has.
                 multiprocessing_context="fork" if self._workers else None,
             )
-        yield from loader
+            batches = iter(loader)
+        yield from batches
 
 
 _Key = tuple[int, int]  # epoch and image
