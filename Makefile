@@ -58,6 +58,7 @@ bench: setup
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/shared_weights.py
 	$(BIN)/python benchmarks/pick.py
+	$(BIN)/python benchmarks/training.py
 
 docs: .venv/ready
 	$(BIN)/python docs/generate.py
