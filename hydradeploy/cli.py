@@ -186,10 +186,10 @@ def train(
     weights = None if sample_weights is None else tuple(round(value) for value in _floats(sample_weights))
     with _extra("train"):
         from hydradeploy.training import config as configs
-        from hydradeploy.training.presets import preset_for
+        from hydradeploy.training.presets import suited
         from hydradeploy.training.train import train as call
     written = {} if config is None else configs.read(config)
-    name = preset or written.get("preset")
+    name = str(preset or written.get("preset") or suited(data))
     shape = {"head_dim": head_dim, "depth": depth, "image_size": image_size, "patch_size": patch_size}
     method = {"sample_weights": weights, "head_draw": head_draw, "draws": draws, "anchors": anchors, "distil": distil}
     numbers = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "arithmetic": arithmetic}
@@ -209,13 +209,13 @@ def train(
         "recipe": _without_none(numbers) | {"method": _without_none(method | {"teacher_share": teacher_share})},
         "running": _without_none(how),
     }
-    start = preset_for(data) if name is None else configs.preset_named(str(name))
+    start = configs.preset_named(name)
     # What is wrong in the file is said of the file, before the options are laid over it.
     if config is not None:
         configs.resolved(start, str(config), written)
     chosen, running = configs.resolved(start, "options", written, options)
     if show_config:
-        print(configs.shown(chosen, running), end="")
+        print(configs.shown(name, chosen, running), end="")
         return
     with _progress() as report:
         trained = call(

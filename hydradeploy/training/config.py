@@ -97,11 +97,11 @@ def resolved(preset: Preset, where: str, *layers: Mapping[str, Any]) -> tuple[Pr
         raise UsageError(f"{where}: {error}", hint="hydradeploy train --show-config prints every option") from error
 
 
-def shown(preset: Preset, running: Running) -> str:
-    """The TOML text of a run, which `read` reads back; raises MissingError where tomli-w is not installed."""
+def shown(name: str, preset: Preset, running: Running) -> str:
+    """The TOML text of a run that began as the preset of that name; `read` and `resolved` give the run again."""
     import tomli_w
 
-    return tomli_w.dumps(tables(preset, running))
+    return tomli_w.dumps({"preset": name} | tables(preset, running))
 
 
 def _without_none(value: Any) -> Any:

@@ -93,6 +93,11 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
+def suited(data: str) -> str:
+    """The name of the preset for a data set: its own, or the one for other data."""
+    return data if data in ("digits", "glyphs") else "small"
+
+
 def preset_for(data: str) -> Preset:
-    """The preset of a data set that has one, else the one for other data."""
-    return PRESETS[data] if data in ("digits", "glyphs") else SMALL
+    """The preset that suits a data set."""
+    return PRESETS[suited(data)]

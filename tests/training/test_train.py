@@ -13,12 +13,14 @@ import torch
 
 from hydradeploy import evaluate, export, train
 from hydradeploy.data.augment import Augmentation
-from hydradeploy.errors import IntegrityError, UsageError
+from hydradeploy.errors import InputError, IntegrityError, UsageError
 from hydradeploy.spec import Geometry
 from hydradeploy.supernet.store import load
 from hydradeploy.training import metrics
+from hydradeploy.training import state as states
 from hydradeploy.training.presets import DIGITS
 from hydradeploy.training.recipe import Method, Preset, Recipe
+from hydradeploy.training.running import Running
 from tests.conftest import Cli, geometry, require, write_supernet
 
 SHAPE = geometry(
@@ -249,6 +251,111 @@ def test_the_command_tells_loss_accuracy_and_time_left(blobs, tmp_path, cli: Cli
     assert "top-1 on held-out images h01 " in ran.out
     document = json.loads(cli("train", *options, "--force", "--json").out)
     assert set(document["top1"]) == {"h01", "h02", "h03"}
+
+
+def test_metrics_go_to_json_lines_and_to_tensorboard(blobs, tmp_path):
+    require("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(blobs, tmp_path / "s", preset(epochs=3), running=Running(tensorboard=str(tmp_path / "board")))
+    lines = metrics.read(tmp_path / "s")
+    assert [(line.epoch, line.step) for line in lines] == [(1, 10), (2, 20), (3, 30)]
+    assert all(line.images_per_second > 0 and 0 <= line.waiting < 1 and not line.bad_images for line in lines)
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert {"loss", "learning_rate", "images_per_second", "waiting", "top1/h01", "top1/h03"} <= set(
+        board.Tags()["scalars"]
+    )
+    assert [event.value for event in board.Scalars("loss")] == pytest.approx([line.loss for line in lines])
+    assert [event.step for event in board.Scalars("top1/h02")] == [10, 20, 30]
+
+
+def test_metrics_of_a_run_that_goes_on_hold_each_step_once(blobs, tmp_path):
+    """What was told after the last save is told again; a line that a kill cut off does not count."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(what: str, done: int, total: int) -> None:
+        if done == 25:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(blobs, tmp_path / "s", preset(epochs=3), report=kill)
+    path = metrics.path_of(tmp_path / "s")
+    extra = path.read_bytes().splitlines(keepends=True)[-1].replace(b'"step":20', b'"step":25')
+    path.write_bytes(path.read_bytes() + extra + b'{"step":3')
+    train(blobs, tmp_path / "s", preset(epochs=3), resume=True)
+    assert [line.step for line in metrics.read(tmp_path / "s")] == [10, 20, 30]
+    path.write_bytes(b"{}\n")
+    with pytest.raises(IntegrityError, match="line 1"):
+        metrics.read(tmp_path / "s")
+
+
+def test_a_run_is_saved_every_so_many_steps(blobs, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def kill(what: str, done: int, total: int) -> None:
+        if done == 17:
+            raise Killed
+
+    train(blobs, tmp_path / "whole", preset())
+    with pytest.raises(Killed):
+        train(blobs, tmp_path / "s", preset(), running=Running(save_every=4), report=kill)
+    assert states.load(tmp_path / "s").progress.step == 16
+    train(blobs, tmp_path / "s", preset(), resume=True)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_teacher_that_does_not_fit_is_refused_by_field(blobs, tmp_path):
+    taught = preset(method=Method(teacher_share=0.5))
+    write_supernet(tmp_path / "t", geometry(**(msgspec.structs.asdict(SHAPE) | {"classes": 7})))
+    with pytest.raises(InputError, match="the teacher's classes is 7, the supernet's 10"):
+        train(blobs, tmp_path / "s", taught, teacher=tmp_path / "t")
+    with pytest.raises(UsageError, match="need each other"):
+        train(blobs, tmp_path / "s", taught)
+    train(blobs, tmp_path / "own", preset())
+    train(blobs, tmp_path / "s", taught, teacher=tmp_path / "own")
+    assert not torch.equal(load(tmp_path / "s").tensors["head.weight"], load(tmp_path / "own").tensors["head.weight"])
+
+
+def test_a_full_disk_keeps_the_last_state_and_says_so(blobs, tmp_path, cli: Cli):
+    import subprocess
+    import sys
+
+    out = tmp_path / "s"
+    options = ["train", "--data", blobs, "--out", str(out), "--epochs", "3", "--batch-size", "16", "--image-size", "8"]
+    code = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from hydradeploy.training import state
+real = state.save
+def save(out, found):
+    real(out, found)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+state.save = save
+from hydradeploy.cli import main
+sys.argv = ["hydradeploy", *{options!r}]
+main()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 12, ran.stderr
+    assert "s.training" in ran.stderr or "metrics" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert states.load(out).progress.step == 10
+    ran_on = cli(*options, "--resume")
+    assert ran_on.code == 0, ran_on.err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch has deprecated
+def test_compiled_it_learns_the_same(blobs, tmp_path):
+    train(blobs, tmp_path / "eager", preset(epochs=4, learning_rate=3e-3))
+    train(blobs, tmp_path / "compiled", preset(epochs=4, learning_rate=3e-3), running=Running(compile=True))
+    eager, compiled = load(tmp_path / "eager").tensors, load(tmp_path / "compiled").tensors
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
 @pytest.mark.slow
