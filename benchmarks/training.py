@@ -7,13 +7,13 @@ r"""What the trainer costs beside a bare loop over the same model and batches, a
 Training. The bare loop is what one would write for the paper's method (HydraViT, section 3) and no more: batches that
 lie on the device, head counts drawn before, forward, cross-entropy, backward, AdamW, moving average; nothing is
 checked, measured or kept. Ours is `Loop` fed by the source that `train` takes for images in memory, whose work counts;
-and `train()` for one epoch, from the call to its return: images read, losses and top-1 of three subnets told, state and
-supernet written. Random images, as many as the preset's data set has, and the same images and head counts in the same
-steps of each, which the loss of the first one shows. What takes drawn images (crops, RandAugment, mixup, drop path) is
-left out of all. Each has a process of its own with one thread; an epoch goes in turns, and who waits is stopped. Left
-out with --compile is `train()`, which would compile in each epoch.
+and `train()` for one short epoch, from the call to its return: images read, losses and top-1 of three subnets told,
+state and supernet written. Random images, the same images and head counts in the same steps of each, which the loss of
+the first one shows. What changes images (crops, RandAugment, mixup) and drop path are left out of all. Each has a
+process of its own with one thread; an epoch goes in turns, and who waits is stopped. Left out with --compile is
+`train()`, which would compile in each epoch.
 
-Reading. Generated JPEGs of ImageNet's size go through the preset's augmentations up to batches for which nothing is
+Reading. Generated JPEGs of ImageNet's size go through the augmentations of hydravit-imagenet up to batches for which nothing is
 trained: from a folder and from tar shards, in the page cache, by 0, 1 and 2 readers. Beside it what must be done in any
 case: decoding alone, by one thread; and decoding, crop and flip.
 
@@ -49,7 +49,6 @@ from common import RESULTS, TINY, Worker, answer, machine, questions, ratio_inte
 from numpy.typing import NDArray
 from PIL import Image
 
-from hydradeploy.data import glyphs
 from hydradeploy.data.augment import Augmentation
 from hydradeploy.data.datasets import open_dataset
 from hydradeploy.supernet.model import Supernet
@@ -64,6 +63,7 @@ from hydradeploy.training.train import train
 
 BARE, LOOP, TRAIN = "bare loop", "Loop", "train()"
 TURNS = 8  # of each thing in an epoch
+EPOCH = 144  # steps: a quarter of what glyphs has images for, so what happens once an epoch weighs four times
 HELD_OUT = 20  # training images to one that top-1 is of, as in glyphs
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -464,7 +464,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("training", "reading"))
     parser.add_argument("--preset", choices=PRESETS, default="glyphs", help="what is trained")
     parser.add_argument("--batch-size", type=int, help="default: the preset's")
-    parser.add_argument("--steps", type=int, help="of an epoch; default: as many as glyphs has images for")
+    parser.add_argument("--steps", type=int, default=0, help=f"of an epoch; default: {EPOCH}")
     parser.add_argument("--arithmetic", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -480,7 +480,7 @@ def main() -> None:
         CHILDREN[request.pop("child")](**request)
         return
     batch = options.batch_size or PRESETS[options.preset].recipe.batch_size
-    steps = options.steps or (2 * TURNS if options.tiny else glyphs.PER_CLASS["train"] * len(glyphs.CLASSES) // batch)
+    steps = options.steps or (2 * TURNS if options.tiny else EPOCH)
     setting = Setting(options.preset, batch, steps, options.arithmetic, options.compile, options.device, options.tiny)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
