@@ -13,9 +13,9 @@ the first one shows. What changes images (crops, RandAugment, mixup) and drop pa
 process of its own with one thread; an epoch goes in turns, and who waits is stopped. Left out with --compile is
 `train()`, which would compile in each epoch.
 
-Reading. Generated JPEGs of ImageNet's size go through the augmentations of hydravit-imagenet up to batches for which nothing is
-trained: from a folder and from tar shards, in the page cache, by 0, 1 and 2 readers. Beside it what must be done in any
-case: decoding alone, by one thread; and decoding, crop and flip.
+Reading. Generated JPEGs of ImageNet's size go through the augmentations of hydravit-imagenet up to batches for which
+nothing is trained: from a folder and from tar shards, in the page cache, by 0, 1 and 2 readers. Beside it what must be
+done in any case: decoding alone, by one thread; and decoding, crop and flip.
 
 Images per second are medians over rounds. Ratios are of what was measured in the same round, above 1 is faster, with a
 95 % bootstrap interval over rounds; once by the clock, once by the processor's time, which other load disturbs less.
