@@ -91,6 +91,21 @@ def run_through(page: str, least: int) -> None:
         assert ran.returncode == 0, f"{command}\n{ran.stderr}"
 
 
+def test_the_guide_to_training_runs_from_top_to_bottom(workplace):
+    require("sklearn")
+    run_through("training.md", least=5)
+    assert len(list(workplace.glob("*.metrics.jsonl"))) == 4
+    (config,) = blocks(ROOT / "docs" / "training.md", "toml")
+    Path("run.toml").write_text(config)
+    shown = subprocess.run(
+        [sys.executable, "-m", "hydradeploy", "train", "--data", "digits", "--config", "run.toml", "--show-config"],
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert 'anchors = "sandwich"' in shown.stdout
+
+
 def test_the_guide_to_precisions_runs_from_top_to_bottom(workplace):
     run_through("exporting.md", least=5)
     artifacts = open_bundle(workplace / "bundle").manifest.artifacts
