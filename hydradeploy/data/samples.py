@@ -47,15 +47,16 @@ def is_synthetic(source: str) -> bool:
 def read(source: str | Path, spec: Spec, count: int) -> Samples:
     """Up to `count` images spread evenly over a data set, a folder (searched through) or an .npz file's `images`.
 
-    Labels are not needed; an .npz file's images are (n, s, s, channels) of the network's size. Raises UsageError when
-    `source` is not there, InputError for an empty one and for images that do not fit.
+    Labels are not needed, but for shards; an .npz file's images are (n, s, s, channels) of the network's size. Raises
+    UsageError when `source` is not there, InputError for an empty one and for images that do not fit.
     """
     path = Path(source)
     if source in BUILT_IN:
-        dataset = open_dataset(str(source), "val")
-        return Samples(np.stack([dataset.pixels(int(i), spec) for i in spread(len(dataset), count)]), str(source))
+        return _of_dataset(str(source), str(source), spec, count)
     if path.is_dir():
         files = image_files(path)
+        if not files and any(path.rglob("*.tar")):
+            return _of_dataset(str(source), path.name, spec, count)
         if not files:
             raise InputError(f"{path}: no image in it ({', '.join(SUFFIXES)})")
         return Samples(np.stack([load_image(files[i], spec) for i in spread(len(files), count)]), path.name)
@@ -63,6 +64,11 @@ def read(source: str | Path, spec: Spec, count: int) -> Samples:
         raise UsageError(f"{path}: no such file or folder", hint="--data takes a folder of images or an .npz file")
     images = _images(path, spec)
     return Samples(images[spread(len(images), count)], path.name)
+
+
+def _of_dataset(source: str, name: str, spec: Spec, count: int) -> Samples:
+    dataset = open_dataset(source, "val")
+    return Samples(np.stack([dataset.pixels(int(i), spec) for i in spread(len(dataset), count)]), name)
 
 
 def _images(path: Path, spec: Spec) -> NDArray[np.uint8]:

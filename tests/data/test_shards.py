@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hydradeploy.data import shards
+from hydradeploy.data import samples, shards
 from hydradeploy.data.datasets import SUFFIXES, open_dataset
 from hydradeploy.errors import InputError
 from tests.conftest import spec
@@ -472,3 +472,13 @@ def test_threads_and_forked_processes_read_at_once_through_few_descriptors(tmp_p
         assert process.exitcode == 0
         ours.close()
         theirs.close()
+
+
+def test_samples_are_taken_from_the_held_out_shards(tmp_path):
+    for split, seed in (("train", 0), ("val", 100)):
+        members = [entry for i in range(6) for entry in sample(f"{i:02d}", i % 2, seed + i)]
+        shard(tmp_path / "set" / f"{split}-00.tar", *members)
+    found = samples.read(tmp_path / "set", spec(), 3)
+    held_out = open_dataset(str(tmp_path / "set"), "val")
+    assert found.source == "set"
+    assert np.array_equal(found.images, np.stack([held_out.pixels(i, spec()) for i in (0, 2, 4)]))

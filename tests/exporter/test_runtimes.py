@@ -31,6 +31,16 @@ CLOSE = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 1e-5, "int8dyn": 3e-2, "int8": 3e-2
 BF16_TOLERANCE = 4e-2
 
 
+def allowed(precision: str, times: float = 1) -> float:
+    """What OpenVINO's rounding may change, so many times where a network is deep.
+
+    Products of bf16 in the processor's own instructions are summed and rounded in another order than the gate's.
+    """
+    if precision == "bf16" and features() & {"avx512_bf16", "amx_bf16", "bf16"}:
+        return BF16_TOLERANCE
+    return times * CLOSE[precision]
+
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch) -> None:
     """Work in another directory: external data is to be found beside the graph, not where the process is."""
@@ -119,9 +129,7 @@ def test_openvino_opens_both_dialects_in_place_with_equal_logits(everything, pre
     require("openvino")
     found = differences(OPENVINO, everything, of_precision(everything, precision), ("ort", "trt"), Path(sys.executable))
     assert len(found) == (4 if precision == "int8dyn" else 8)
-    # Products of bf16 in the processor's own instructions are summed and rounded in another order than the gate's.
-    own_bf16 = precision == "bf16" and features() & {"avx512_bf16", "amx_bf16", "bf16"}
-    assert max(found.values()) <= (BF16_TOLERANCE if own_bf16 else CLOSE[precision]), found
+    assert max(found.values()) <= allowed(precision), found
 
 
 def oldest_python() -> Path:
@@ -149,8 +157,8 @@ def test_the_oldest_onnx_runtime_opens_every_kind_of_graph_in_every_precision(su
     assert len(found) == 5
     for artifact in bundle.manifest.artifacts:
         # Ranges at run time are those of a batch: the golden logits are of other batches than these.
-        allowed = 0.1 if artifact.precision == "int8dyn" else CLOSE[artifact.precision]
-        assert found[artifact.graphs["ort"]] <= allowed, artifact.name
+        most = 0.1 if artifact.precision == "int8dyn" else CLOSE[artifact.precision]
+        assert found[artifact.graphs["ort"]] <= most, artifact.name
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -248,7 +256,7 @@ def test_every_subnet_of_a_deit_b_in_every_runtime_and_precision(deit_b_everythi
         found = differences(script, deit_b_everything, artifacts, dialects, python)
         for artifact in artifacts:
             assert all(
-                found[artifact.graphs[d]] <= 10 * CLOSE[artifact.precision] for d in dialects if d in artifact.graphs
+                found[artifact.graphs[d]] <= allowed(artifact.precision, 10) for d in dialects if d in artifact.graphs
             ), found
 
 
