@@ -1,7 +1,8 @@
 """What a supernet is: its geometry, its preprocessing, and the shapes, parameters and MACs of each of its subnets.
 
 Subnet k is the first k heads: width d = head_dim * k, MLP width mlp_ratio * d, the same depth (HydraViT, arXiv
-2409.17978, section 3). Every tensor of a subnet is the leading block of the supernet's tensor of that name.
+2409.17978, section 3). Every tensor of a subnet is the leading block of the supernet's tensor of that name; only the
+classifier may be each subnet's own (the paper's Table 2).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 from hydradeploy.errors import IntegrityError, UsageError
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Classifiers = Literal["shared", "separate"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -53,7 +55,10 @@ def decode(data: bytes, kind: type[_Kind], where: str, schema: int = 1) -> _Kind
 
 
 class Geometry(Record, frozen=True, kw_only=True):
-    """The shape of a supernet. `heads` is that of the largest subnet; raises ValueError where the numbers disagree."""
+    """The shape of a supernet. `heads` is that of the largest subnet; raises ValueError where the numbers disagree.
+
+    `classifiers` says whether subnets share one classifier, each its leading columns, or have each their own.
+    """
 
     image_size: int
     patch_size: int
@@ -65,6 +70,7 @@ class Geometry(Record, frozen=True, kw_only=True):
     mlp_ratio: float
     classes: int
     eps: float
+    classifiers: Classifiers = "shared"
 
     def __post_init__(self) -> None:
         for field in ("image_size", "patch_size", "channels", "head_dim", "heads", "depth", "classes"):
@@ -111,10 +117,11 @@ class Geometry(Record, frozen=True, kw_only=True):
 
     def alone(self, heads: int) -> Geometry:
         """The geometry of the plain ViT that the leading `heads` heads form."""
-        return msgspec.structs.replace(self, heads=heads, trained_heads=(heads,))
+        return msgspec.structs.replace(self, heads=heads, trained_heads=(heads,), classifiers="shared")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """timm's parameter names and shapes at full width, in forward order."""
+        """timm's parameter names and shapes at full width, in forward order; `head.h03.weight` and the like, each as
+        wide as its subnet, where classifiers are separate."""
         return _shapes(self)
 
 
@@ -166,6 +173,15 @@ class Subnet(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def name(self) -> str:
         """`h03` ... `h12`."""
         return f"h{self.heads:02d}"
+
+    @property
+    def classifier(self) -> str:
+        """The name under which this subnet's classifier is kept: `head`, or `head.h03` where it is its own."""
+        return "head" if self.geometry.classifiers == "shared" else f"head.{self.name}"
+
+    def source(self, name: str) -> str:
+        """The supernet's tensor of which this subnet's tensor `name` is the leading block."""
+        return f"{self.classifier}{name.removeprefix('head')}" if name.startswith("head.") else name
 
     @property
     def width(self) -> int:
@@ -267,7 +283,13 @@ def _shapes(g: Geometry) -> dict[str, tuple[int, ...]]:
             "mlp.fc2.bias": (d,),
         }
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    return shapes | {"norm.weight": (d,), "norm.bias": (d,), "head.weight": (g.classes, d), "head.bias": (g.classes,)}
+    shapes |= {"norm.weight": (d,), "norm.bias": (d,)}
+    if g.classifiers == "shared":
+        return shapes | {"head.weight": (g.classes, d), "head.bias": (g.classes,)}
+    for subnet in g.subnets():
+        shapes[f"{subnet.classifier}.weight"] = (g.classes, subnet.width)
+        shapes[f"{subnet.classifier}.bias"] = (g.classes,)
+    return shapes
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -56,7 +56,7 @@ def matrices(layer: str) -> tuple[str, ...]:
 
 def stored(subnet: Subnet, form: Form) -> dict[str, Tensor]:
     """The tensors that a subnet reads, in forward order: a float matrix is NAME.weight, an int8 one is NAME.int8 with
-    one scale per output channel, NAME.scale."""
+    one scale per output channel, NAME.scale. The classifier's name is `Subnet.classifier`, its layer is always head."""
     g, d, hidden = subnet.geometry, subnet.width, subnet.mlp_width
     found: dict[str, Tensor] = {}
 
@@ -92,5 +92,5 @@ def stored(subnet: Subnet, form: Form) -> dict[str, Tensor]:
         linear(f"{at}.mlp.fc2", f"{at}.mlp.fc2", hidden, d)
     add("norm.weight", d)
     add("norm.bias", d)
-    linear("head", "head", d, g.classes)
+    linear("head", subnet.classifier, d, g.classes)
     return found

@@ -46,6 +46,7 @@ def geometries(draw):
         depth=draw(st.integers(1, 2)),
         mlp_ratio=float(draw(st.integers(1, 4))),
         classes=draw(st.integers(1, 6)),
+        classifiers=draw(st.sampled_from(("shared", "separate"))),
     )
 
 
@@ -104,6 +105,41 @@ def test_macs_are_those_of_each_matrix_product(shape):
         assert subnet.macs == sum(math.prod(product) for product in products)
 
 
+def test_separate_classifiers_are_each_as_wide_as_its_subnet_and_cost_a_subnet_nothing():
+    separate = deit_b_geometry(classifiers="separate")
+    shapes, shared = separate.shapes(), DEIT_B.shapes()
+    own = {name: shape for name, shape in shapes.items() if name.startswith("head.")}
+    assert own == {
+        name: shape
+        for heads in range(3, 13)
+        for name, shape in ((f"head.h{heads:02d}.weight", (1000, 64 * heads)), (f"head.h{heads:02d}.bias", (1000,)))
+    }
+    assert {*shapes} - {*own} == {*shared} - {"head.weight", "head.bias"}
+    for subnet in separate.subnets():
+        plain = DEIT_B.subnet(subnet.heads)
+        assert (subnet.parameters, subnet.macs, subnet.shapes) == (plain.parameters, plain.macs, plain.shapes)
+
+
+def test_a_subnets_classifier_has_a_name_of_its_own_only_where_it_is_its_own():
+    assert DEIT_B.subnet(3).classifier == "head"
+    subnet = deit_b_geometry(classifiers="separate").subnet(3)
+    assert subnet.classifier == "head.h03"
+    assert [subnet.source(name) for name in ("head.weight", "head.bias")] == ["head.h03.weight", "head.h03.bias"]
+    assert subnet.source("blocks.0.norm1.weight") == "blocks.0.norm1.weight"
+    assert all(DEIT_B.subnet(3).source(name) == name for name in DEIT_B.shapes())
+
+
+@given(geometries())
+def test_every_tensor_of_a_subnet_has_its_source_in_the_supernet(shape):
+    shapes = shape.shapes()
+    read = set()
+    for subnet in shape.subnets():
+        for name, small in subnet.shapes.items():
+            assert all(size <= whole for size, whole in zip(small, shapes[subnet.source(name)], strict=True))
+            read.add(subnet.source(name))
+    assert read == set(shapes)
+
+
 @pytest.mark.parametrize("heads", [-1, 0, 1, 7, 100])
 def test_a_head_count_that_was_not_trained_is_refused_and_the_hint_names_those_that_were(heads):
     with pytest.raises(UsageError, match=f"{heads} heads were not trained") as refused:
@@ -111,10 +147,11 @@ def test_a_head_count_that_was_not_trained_is_refused_and_the_hint_names_those_t
     assert "2-6" in refused.value.hint
 
 
-def test_a_subnet_alone_is_a_plain_vit_of_its_heads():
-    alone = geometry().alone(3)
-    assert (alone.heads, alone.trained_heads) == (3, (3,))
-    assert alone.shapes() == geometry().subnet(3).shapes
+@pytest.mark.parametrize("classifiers", ["shared", "separate"])
+def test_a_subnet_alone_is_a_plain_vit_of_its_heads(classifiers):
+    alone = geometry(classifiers=classifiers).alone(3)
+    assert (alone.heads, alone.trained_heads, alone.classifiers) == (3, (3,), "shared")
+    assert alone.shapes() == geometry(classifiers=classifiers).subnet(3).shapes
 
 
 @pytest.mark.parametrize(
@@ -216,6 +253,7 @@ def edited(path, value):
         ("geometry.trained_heads", [2, "3"], "$.geometry.trained_heads[1]"),
         ("geometry.eps", None, "$.geometry.eps"),
         ("geometry.depth", 0, "$.geometry"),
+        ("geometry.classifiers", "each", "$.geometry.classifiers"),
         ("preprocessing.mean", 0.5, "$.preprocessing.mean"),
         ("preprocessing.interpolation", "cubic", "$.preprocessing.interpolation"),
         ("class_names", [1, 2], "$.class_names[0]"),
@@ -225,6 +263,12 @@ def test_reading_is_strict_and_names_the_place(path, value, named):
     with pytest.raises(msgspec.ValidationError) as refused:
         msgspec.json.decode(edited(path, value), type=Spec)
     assert named in str(refused.value)
+
+
+def test_a_geometry_that_does_not_say_shares_one_classifier():
+    document = msgspec.to_builtins(spec(geometry(classifiers="separate")))
+    del document["geometry"]["classifiers"]
+    assert msgspec.convert(document, Spec).geometry == geometry()
 
 
 def test_a_missing_field_is_refused_by_its_name():
@@ -274,9 +318,9 @@ def test_what_is_no_list_of_heads_is_refused_with_an_example(text):
 @given(geometries())
 def test_the_leading_block_is_what_written_out_indices_give(shape):
     for subnet in shape.subnets():
-        for name, full in shape.shapes().items():
+        for name, small in subnet.shapes.items():
+            full = shape.shapes()[subnet.source(name)]
             tensor = np.arange(math.prod(full), dtype=np.float32).reshape(full)
-            small = subnet.shapes[name]
             expected = tensor[prefix_rows(name, full, small)]
             assert np.array_equal(leading(tensor, name, small), expected)
             assert np.array_equal(leading(torch.from_numpy(tensor), name, small).numpy(), expected)
@@ -285,9 +329,9 @@ def test_the_leading_block_is_what_written_out_indices_give(shape):
 @given(geometries())
 def test_the_leading_block_is_a_view_except_of_qkv(shape):
     for subnet in shape.subnets():
-        for name, full in shape.shapes().items():
-            tensor = np.zeros(full, np.float32)
-            block = leading(tensor, name, subnet.shapes[name])
+        for name, small in subnet.shapes.items():
+            tensor = np.zeros(shape.shapes()[subnet.source(name)], np.float32)
+            block = leading(tensor, name, small)
             if ".attn.qkv." not in name:
                 assert np.shares_memory(block, tensor)
 

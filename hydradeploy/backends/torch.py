@@ -267,7 +267,7 @@ def forward(tensors: Mapping[str, Tensor], subnet: Subnet, images: Tensor) -> Te
         y = torch.nn.functional.gelu(_linear(tensors, f"{at}.mlp.fc1", y))
         x = x + _linear(tensors, f"{at}.mlp.fc2", y)
     x = torch.layer_norm(x, (d,), tensors["norm.weight"], tensors["norm.bias"], eps)
-    return _linear(tensors, "head", x[:, 0])
+    return _linear(tensors, subnet.classifier, x[:, 0])
 
 
 def _tokens(tensors: Mapping[str, Tensor], subnet: Subnet, images: Tensor) -> Tensor:

@@ -217,12 +217,14 @@ class _Export:
             self._content[job.name] = digests[job.form(self._geometry)].content(job.heads, *context)
 
     def _union(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
-        """The tensors that any of the jobs reads, as large as the largest subnet's."""
-        if not jobs:
-            return {}
-        largest = self._geometry.subnet(max(job.heads for job in jobs))
-        forms = dict.fromkeys(job.form(self._geometry) for job in jobs)
-        return {name: tensor for form in forms for name, tensor in stored(largest, form).items()}
+        """The tensors that any of the jobs reads, as large as the largest subnet's; of the smaller ones only a
+        classifier of their own comes to that."""
+        heads = sorted({job.heads for job in jobs}, reverse=True)
+        found: dict[str, Tensor] = {}
+        for form in dict.fromkeys(job.form(self._geometry) for job in jobs):
+            for subnet in map(self._geometry.subnet, heads):
+                found |= {name: tensor for name, tensor in stored(subnet, form).items() if name not in found}
+        return found
 
     def _write_graphs(self, stage: Path, job: Job) -> None:
         blocks = self._blocks(job) if job.standalone else {}

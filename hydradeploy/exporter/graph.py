@@ -234,12 +234,13 @@ class _Writer:
         return self._node("Add", [residual, self._linear(x, layer, layer)], output)
 
     def _head(self, x: str, output: str) -> None:
+        name = self._subnet.classifier
         if "head" in self._form.int8:
             flat = self._ints("head.flat", -1, self._geometry.classes)
-            self._node("Reshape", [self._linear(x, "head", "head"), flat], output)
+            self._node("Reshape", [self._linear(x, "head", name), flat], output)
         else:
             x = self._node("Reshape", [x, self._ints("head.flat", -1, self._subnet.width)], "head.rows")
-            self._node("Gemm", [x, self._weight("head.weight"), self._weight("head.bias")], output)
+            self._node("Gemm", [x, self._weight(f"{name}.weight"), self._weight(f"{name}.bias")], output)
 
     def _linear(self, x: str, layer: str, name: str) -> str:
         y = self._product(x, layer, name, f"{name}.product")

@@ -75,7 +75,8 @@ class _Int8(Walk):
     """A subnet with some layers in int8: their weights and inputs are rounded, the products are in float."""
 
     def __init__(self, weights: Weights, subnet: Subnet, int8: Collection[str], steps: Steps | None) -> None:
-        rounded = {f"{layer}.weight": _rounded(weights.tensors[f"{layer}.weight"]) for layer in int8}
+        names = [subnet.source(f"{layer}.weight") for layer in int8]
+        rounded = {name: _rounded(weights.tensors[name]) for name in names}
         super().__init__({**weights.tensors, **rounded}, subnet)
         self._int8, self._steps = int8, steps
 
@@ -106,7 +107,7 @@ def _harm(expected: Sequence[Tensor], found: Iterator[Tensor]) -> float:
 
 
 def _rounded(matrix: Tensor) -> Tensor:
-    """A matrix [out, in] as int8 leaves it; whole, because scales belong to the supernet and not to a subnet."""
+    """A matrix [out, in] as int8 leaves it; whole, because scales belong to the supernet's tensor, not to a subnet."""
     values, scale = quantised(matrix.numpy().T)
     return torch.from_numpy(np.ascontiguousarray((values * scale).T))
 

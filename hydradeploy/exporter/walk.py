@@ -33,7 +33,7 @@ class Walk:
         self._pieces: dict[str, Tensor] = {}
         for name, shape in subnet.shapes.items():
             if ".attn.qkv." not in name:
-                self._pieces[name] = leading(tensors[name], name, shape)
+                self._pieces[name] = leading(tensors[subnet.source(name)], name, shape)
                 continue
             layer, kind = name.rsplit(".", 1)
             for matrix, part in zip(matrices(layer), three(tensors[name]), strict=True):

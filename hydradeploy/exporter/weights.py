@@ -74,16 +74,26 @@ class HeadDigests:
     """What each head adds to the weights of one form, hashed once.
 
     Subnet k's weights are those that heads 1 to k add, so k digests stand for all of them: the content of ten subnets
-    is hashed in one pass over the largest, and does not depend on how large that is.
+    is hashed in one pass over the largest, and does not depend on how large that is. A classifier that is a subnet's
+    own is in a digest of its own.
     """
 
     def __init__(self, geometry: Geometry, heads: int, form: Form) -> None:
-        self._shapes = [stored(Subnet(geometry=geometry, heads=head), form) for head in range(1, heads + 1)]
-        self._digests = [hashlib.sha256() for _ in self._shapes]
+        self._subnets = [Subnet(geometry=geometry, heads=head) for head in range(1, heads + 1)]
+        self._shapes = [stored(subnet, form) for subnet in self._subnets]
+        self._digests = [hashlib.sha256() for _ in self._subnets]
+        self._own = {
+            subnet.classifier: hashlib.sha256() for subnet in self._subnets if geometry.classifiers == "separate"
+        }
 
     def update(self, name: str, tensor: Array) -> None:
         """Take in one stored tensor, at least as large as the largest subnet's; one that the form does not read is left
         out."""
+        if (own := self._own.get(name.rpartition(".")[0])) is not None:
+            if any(name in shapes for shapes in self._shapes):
+                own.update(name.encode() + b"\0")
+                own.update(_bytes(np.ascontiguousarray(tensor)))
+            return
         smaller: tuple[int, ...] = (0,) * tensor.ndim
         for shapes, digest in zip(self._shapes, self._digests, strict=True):
             if name not in shapes:
@@ -96,7 +106,9 @@ class HeadDigests:
     def content(self, heads: int, *context: bytes) -> str:
         """SHA-256 of the weights of the first `heads` heads, and of `context`."""
         total = hashlib.sha256()
-        for part in (*context, *(digest.digest() for digest in self._digests[:heads])):
+        own = self._own.get(self._subnets[heads - 1].classifier)
+        digests = [*self._digests[:heads], *([] if own is None else [own])]
+        for part in (*context, *(digest.digest() for digest in digests)):
             total.update(len(part).to_bytes(8, "little") + part)
         return total.hexdigest()
 

@@ -4,6 +4,7 @@
 - One class serves as supernet and as plain ViT: at its full number of heads every slice below is the whole tensor.
 - The head count is an argument of `forward`, never a state, so threads may run different subnets of one model.
 - Slices are prefixes, hence views; only qkv is copied, because q, k and v are three prefixes of one matrix.
+- One classifier serves all subnets, as in the paper's code, or each has its own (the paper's Table 2).
 - Initialisation is timm's rule (truncated normal 0.02, zero biases). The paper's code means to follow it but leaves
   PyTorch's default in place, because its sliceable layers are not recognised there.
 """
@@ -95,7 +96,7 @@ class Supernet(nn.Module):
         hidden = round(g.mlp_ratio * dim)
         self.blocks = nn.ModuleList(Block(dim, hidden, g.head_dim, g.eps) for _ in range(g.depth))
         self.norm = nn.LayerNorm(dim, eps=g.eps)
-        self.head = nn.Linear(dim, g.classes)
+        self.head = nn.Linear(dim, g.classes) if g.classifiers == "shared" else _each(g)
 
     def initialise(self, generator: torch.Generator | None = None) -> Supernet:
         """Random weights by timm's rule for ViTs; returns itself."""
@@ -124,7 +125,9 @@ class Supernet(nn.Module):
         x = x + self.pos_embed[..., :d]
         for i, block in enumerate(self.blocks):
             x = block(x, subnet.heads, None if keep is None else keep[i])
-        return _linear(_norm(x[:, 0], self.norm), self.head, self.geometry.classes)
+        head = self.head[subnet.name] if isinstance(self.head, nn.ModuleDict) else self.head
+        assert isinstance(head, nn.Linear)
+        return _linear(_norm(x[:, 0], self.norm), head, self.geometry.classes)
 
     def subnet(self, heads: int) -> Supernet:
         """A plain ViT of its own with a copy of the leading weights, in evaluation mode, for a trained head count."""
@@ -135,9 +138,14 @@ def plain_vit(state: Mapping[str, Tensor], subnet: Subnet) -> Supernet:
     """The plain ViT that `subnet` is, in evaluation mode: the leading block of every tensor of a supernet, copied."""
     with torch.device("meta"):
         plain = Supernet(subnet.geometry.alone(subnet.heads))
-    pieces = {name: leading(state[name], name, shape).clone() for name, shape in subnet.shapes.items()}
+    pieces = {name: leading(state[subnet.source(name)], name, shape).clone() for name, shape in subnet.shapes.items()}
     plain.load_state_dict(pieces, assign=True)
     return plain.eval()
+
+
+def _each(geometry: Geometry) -> nn.ModuleDict:
+    """A classifier for every trained head count, by the subnet's name."""
+    return nn.ModuleDict({subnet.name: nn.Linear(subnet.width, geometry.classes) for subnet in geometry.subnets()})
 
 
 def _linear(x: Tensor, layer: nn.Linear, out: int) -> Tensor:

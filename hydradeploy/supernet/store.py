@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hydradeploy.errors import InputError, IntegrityError, UsageError, environment
 from hydradeploy.files import write_atomically
-from hydradeploy.spec import Geometry, Record, Spec, Subnet, decode, three
+from hydradeploy.spec import Geometry, Record, Spec, Subnet, decode, leading, three
 from hydradeploy.supernet.model import Supernet, plain_vit
 
 HEADER = "hydradeploy"
@@ -124,12 +124,18 @@ def _as_fp32(tensor: Tensor) -> str:
 
 
 def place(model: Supernet, small: Mapping[str, Tensor], geometry: Geometry) -> None:
-    """Put a smaller ViT into the leading corner, so that the supernet at its head count equals it exactly.
+    """Put a smaller ViT into the leading corner, so that the supernet at its head counts equals it exactly.
 
+    Where the supernet's classifiers are separate, those of the small one's head counts are replaced and no others.
     Raises InputError where anything but the number of heads differs, naming the tensor and both shapes, or head_dim and
-    eps, which no shape tells.
+    eps, which no shape tells; and for separate classifiers where the supernet has one.
     """
     check(small, geometry, "the smaller ViT")
+    if geometry.classifiers == "separate" and model.geometry.classifiers == "shared":
+        raise InputError(
+            "the smaller ViT has separate classifiers, the supernet shares one",
+            hint="train with --classifiers separate, or start from a file with a shared one",
+        )
     if geometry.head_dim != model.geometry.head_dim or geometry.eps != model.geometry.eps:
         raise InputError(
             f"the smaller ViT has head_dim {geometry.head_dim} and eps {geometry.eps}, "
@@ -140,14 +146,30 @@ def place(model: Supernet, small: Mapping[str, Tensor], geometry: Geometry) -> N
             f"the smaller ViT has more heads than the supernet: tensor cls_token has shape "
             f"{tuple(small['cls_token'].shape)}, expected at most {tuple(model.cls_token.shape)}"
         )
-    check(small, model.geometry.alone(geometry.heads), "the smaller ViT, in the supernet's leading corner")
+    corner = msgspec.structs.replace(
+        model.geometry, heads=geometry.heads, trained_heads=geometry.trained_heads, classifiers=geometry.classifiers
+    )
+    check(small, corner, "the smaller ViT, in the supernet's leading corner")
+    whole = dict(model.named_parameters())
     with torch.no_grad():
-        for name, tensor in model.named_parameters():
+        for name, piece in _pieces(small, geometry, model.geometry):
             if ".attn.qkv." in name:
-                piece = three(small[name])
-                three(tensor)[tuple(slice(size) for size in piece.shape)] = piece
+                three(whole[name])[tuple(slice(size) for size in three(piece).shape)] = three(piece)
             else:
-                tensor[tuple(slice(size) for size in small[name].shape)] = small[name]
+                whole[name][tuple(slice(size) for size in piece.shape)] = piece
+
+
+def _pieces(small: Mapping[str, Tensor], geometry: Geometry, whole: Geometry) -> Iterator[tuple[str, Tensor]]:
+    """What of the smaller ViT goes where in the supernet of geometry `whole`."""
+    if whole.classifiers == "shared":
+        yield from small.items()
+        return
+    yield from ((name, tensor) for name, tensor in small.items() if not name.startswith("head."))
+    for k in geometry.trained_heads:
+        if k in whole.trained_heads:
+            subnet = geometry.subnet(k)
+            for name in ("head.weight", "head.bias"):
+                yield whole.subnet(k).source(name), leading(small[subnet.source(name)], name, subnet.shapes[name])
 
 
 def _spec(path: Path, text: str) -> Spec:

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from hydradeploy.exporter.source import Source
 from hydradeploy.exporter.weights import HeadDigests, block, layout, map_weights, numpy_type, write_weights
+from hydradeploy.spec import Geometry
 from hydradeploy.stored import ITEM_BYTES, Form, layers, stored
 from tests.conftest import geometry, spec, supernet
 
 SHAPE = geometry(heads=4, trained_heads=(1, 2, 3, 4), head_dim=4, depth=1)
+SEPARATE = geometry(heads=4, trained_heads=(1, 2, 3, 4), head_dim=4, depth=1, classifiers="separate")
 FORMS = {
     "fp32": Form(dtype="float32"),
     "fp16, pixels": Form(dtype="float16", input="uint8"),
@@ -25,19 +27,20 @@ FORMS = {
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
 
 
-def arrays(seed: int = 0) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy().copy() for name, tensor in supernet(SHAPE, seed).state_dict().items()}
+def arrays(seed: int = 0, shape: Geometry = SHAPE) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy().copy() for name, tensor in supernet(shape, seed).state_dict().items()}
 
 
-def full(tensors: Mapping[str, np.ndarray], form: Form) -> dict[str, np.ndarray]:
+def full(tensors: Mapping[str, np.ndarray], form: Form, shape: Geometry = SHAPE) -> dict[str, np.ndarray]:
     """Everything that any subnet reads, at full width."""
-    source = Source(tensors, SHAPE, spec(SHAPE).preprocessing)
-    return dict(source.tensors({name: t.dtype for name, t in stored(SHAPE.subnet(4), form).items()}))
+    source = Source(tensors, shape, spec(shape).preprocessing)
+    names = {name: t.dtype for subnet in shape.subnets() for name, t in stored(subnet, form).items()}
+    return dict(source.tensors(names))
 
 
-def contents(tensors: Mapping[str, np.ndarray], form: Form, largest: int = 4) -> list[str]:
-    digests = HeadDigests(SHAPE, largest, form)
-    for name, tensor in full(tensors, form).items():
+def contents(tensors: Mapping[str, np.ndarray], form: Form, largest: int = 4, shape: Geometry = SHAPE) -> list[str]:
+    digests = HeadDigests(shape, largest, form)
+    for name, tensor in full(tensors, form, shape).items():
         digests.update(name, tensor)
     return [digests.content(k) for k in range(1, largest + 1)]
 
@@ -70,8 +73,9 @@ def test_only_what_is_int8_takes_a_byte_and_the_rest_of_such_a_file_is_float32()
 
 
 @every_form
-def test_content_does_not_depend_on_the_largest_subnet_exported(form):
-    assert contents(arrays(), form, 2) == contents(arrays(), form)[:2]
+@pytest.mark.parametrize("shape", [SHAPE, SEPARATE], ids=["shared", "separate"])
+def test_content_does_not_depend_on_the_largest_subnet_exported(form, shape):
+    assert contents(arrays(0, shape), form, 2, shape) == contents(arrays(0, shape), form, 4, shape)[:2]
 
 
 @every_form
@@ -80,20 +84,35 @@ def test_equal_weights_have_equal_content_and_others_do_not(form):
     assert not set(contents(arrays(0), form)) & set(contents(arrays(1), form))
 
 
-@given(name=st.sampled_from(sorted(SHAPE.shapes())), at=st.integers(0, 10**6), form=st.sampled_from(list(FORMS)))
-def test_one_changed_weight_changes_just_the_subnets_that_read_it(name, at, form):
-    of = FORMS[form]
-    before, tensors = contents(arrays(), of), arrays()
+@given(
+    shape=st.sampled_from([SHAPE, SEPARATE]),
+    data=st.data(),
+    at=st.integers(0, 10**6),
+    form=st.sampled_from(list(FORMS)),
+)
+def test_one_changed_weight_changes_just_the_subnets_that_read_it(shape, data, at, form):
+    of, name = FORMS[form], data.draw(st.sampled_from(sorted(shape.shapes())))
+    before, tensors = contents(arrays(0, shape), of, 4, shape), arrays(0, shape)
     flat = tensors[name].reshape(-1)
     flat[at % flat.size] += 1
-    after = contents(tensors, of)
-    unchanged, changed = full(arrays(), of), full(tensors, of)
-    for k in SHAPE.trained_heads:
+    after = contents(tensors, of, 4, shape)
+    unchanged, changed = full(arrays(0, shape), of, shape), full(tensors, of, shape)
+    for k in shape.trained_heads:
         reads = any(
             not np.array_equal(*(block(side[n], tensor.shape) for side in (unchanged, changed)))
-            for n, tensor in stored(SHAPE.subnet(k), of).items()
+            for n, tensor in stored(shape.subnet(k), of).items()
         )
         assert (before[k - 1] != after[k - 1]) == reads
+
+
+@every_form
+def test_each_subnets_own_classifier_is_in_its_content_and_in_no_others(form):
+    before, tensors = contents(arrays(0, SEPARATE), form, 4, SEPARATE), arrays(0, SEPARATE)
+    for k in SEPARATE.trained_heads:
+        tensors[f"head.h0{k}.bias"] += 1
+        after = contents(tensors, form, 4, SEPARATE)
+        assert [one == other for one, other in zip(before, after, strict=True)] == [n != k for n in (1, 2, 3, 4)]
+        before = after
 
 
 def test_content_includes_its_context():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from itertools import pairwise
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,7 +34,20 @@ def geometries(draw):
         mlp_ratio=float(draw(st.integers(1, 4))),
         classes=draw(st.integers(1, 12)),
         eps=draw(st.sampled_from((1e-6, 1e-5))),
+        classifiers=draw(st.sampled_from(("shared", "separate"))),
     )
+
+
+def separated(model):
+    """A supernet of the same logits: each subnet has the columns of the one classifier that it reads as its own."""
+    shape = msgspec.structs.replace(model.geometry, classifiers="separate")
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+    for subnet in shape.subnets():
+        state[f"head.{subnet.name}.weight"] = model.head.weight[:, : subnet.width]
+        state[f"head.{subnet.name}.bias"] = model.head.bias
+    apart = Supernet(shape).eval()
+    apart.load_state_dict(state)
+    return apart
 
 
 def images(shape, count=2, seed=1):
@@ -95,6 +109,30 @@ def test_every_head_count_gives_the_bits_of_the_plain_vit_cut_out_of_it(shape):
     with torch.inference_mode():
         for heads in shape.trained_heads:
             assert torch.equal(model(batch, heads), model.subnet(heads)(batch))
+
+
+@settings(max_examples=25)
+@given(geometries())
+def test_separate_classifiers_with_the_shared_ones_columns_give_its_bits(shape):
+    model, batch = supernet(msgspec.structs.replace(shape, classifiers="shared")), images(shape)
+    apart = separated(model)
+    with torch.inference_mode():
+        for heads in shape.trained_heads:
+            assert torch.equal(apart(batch, heads), model(batch, heads))
+        assert torch.equal(apart(batch), model(batch))
+
+
+def test_a_subnet_is_answered_by_its_own_classifier_and_by_no_other():
+    model = supernet(geometry(classifiers="separate"))
+    batch = images(model.geometry)
+    with torch.inference_mode():
+        before = {heads: model(batch, heads) for heads in model.geometry.trained_heads}
+        model.head["h03"].bias += 1
+        for heads, answer in before.items():
+            if heads == 3:
+                torch.testing.assert_close(model(batch, heads), answer + 1)
+            else:
+                assert torch.equal(model(batch, heads), answer)
 
 
 @pytest.mark.parametrize("heads", range(3, 13))
@@ -206,7 +244,7 @@ def test_gradients_of_a_head_count_are_those_of_the_plain_vit(shape, data):
     model(batch, heads).square().sum().backward()
     plain(batch).square().sum().backward()
     for name, tensor in plain.named_parameters():
-        whole = dict(model.named_parameters())[name].grad
+        whole = dict(model.named_parameters())[shape.subnet(heads).source(name)].grad
         if ".attn.qkv." in name:
             part = len(tensor) // 3
             whole = torch.cat([third[:part] for third in whole.chunk(3)])
@@ -225,13 +263,14 @@ def test_a_head_count_that_was_not_trained_is_refused(heads):
         model.subnet(heads)
 
 
-def test_the_state_dict_has_the_geometrys_names_shapes_and_order():
-    shape = geometry()
+@pytest.mark.parametrize(("classifiers", "others"), [("shared", 8), ("separate", 16)])
+def test_the_state_dict_has_the_geometrys_names_shapes_and_order(classifiers, others):
+    shape = geometry(classifiers=classifiers)
     state = Supernet(shape).state_dict()
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shape.shapes()
+    assert [(name, tuple(tensor.shape)) for name, tensor in state.items()] == list(shape.shapes().items())
     blocks = {f"blocks.{i}.{kind}.{part}" for i in range(2) for kind in KINDS for part in ("weight", "bias")}
     assert blocks <= set(state)
-    assert len(state) == len(blocks) + 8
+    assert len(state) == len(blocks) + others
 
 
 def test_initialising_is_the_same_under_the_same_generator_whatever_torchs_own_state():
@@ -253,3 +292,12 @@ def test_initialising_gives_timms_distributions():
     norms = [tensor for name, tensor in state.items() if "norm" in name and name.endswith(".weight")]
     assert len(norms) == 3
     assert all(bool((tensor == 1).all()) for tensor in norms)
+
+
+def test_separate_classifiers_begin_by_the_same_rule_and_differ():
+    shape = geometry(head_dim=64, depth=1, classifiers="separate")
+    state = Supernet(shape).initialise(torch.Generator().manual_seed(0)).state_dict()
+    for subnet in shape.subnets():
+        assert float(state[f"{subnet.classifier}.weight"].std()) == pytest.approx(0.02, rel=0.1)
+        assert not state[f"{subnet.classifier}.bias"].any()
+    assert not torch.equal(state["head.h03.weight"][:, :128], state["head.h02.weight"])

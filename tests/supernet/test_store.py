@@ -322,6 +322,51 @@ def test_the_supernet_equals_a_placed_vit_at_its_heads_bit_for_bit(heads, head_d
         assert torch.equal(model(batch, few), small(batch))
 
 
+@pytest.mark.parametrize("small", ["shared", "separate"])
+def test_separate_classifiers_of_the_placed_head_counts_are_the_small_ones_and_the_others_stay(small):
+    """The small one was trained with 1, 2 and 4 heads, the supernet with 2 to 6."""
+    model = supernet(geometry(classifiers="separate"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    one = supernet(geometry(heads=4, trained_heads=(1, 2, 4), classifiers=small), seed=1)
+    place(model, one.state_dict(), one.geometry)
+    batch = images(model.geometry)
+    with torch.inference_mode():
+        for heads in (2, 4):
+            assert torch.equal(model(batch, heads), one(batch, heads))
+    for name in (f"head.h0{heads}.{part}" for heads in (3, 5, 6) for part in ("weight", "bias")):
+        assert torch.equal(model.state_dict()[name], before[name]), name
+
+
+def test_separate_classifiers_have_no_place_in_a_supernet_that_shares_one():
+    model = supernet()
+    one = supernet(geometry(heads=2, trained_heads=(2,), classifiers="separate"), seed=1)
+    with pytest.raises(InputError, match="the smaller ViT has separate classifiers, the supernet shares one"):
+        place(model, one.state_dict(), one.geometry)
+    assert all(torch.equal(tensor, state()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_supernet_file_with_separate_classifiers_comes_back_and_each_subnet_has_its_own(tmp_path):
+    shape = geometry(classifiers="separate")
+    loaded = load(write_supernet(tmp_path / "s", shape))
+    assert loaded.spec.geometry == shape
+    batch, model = images(shape), supernet(shape)
+    with torch.inference_mode():
+        for subnet in shape.subnets():
+            plain = loaded.plain(subnet)
+            assert plain.geometry.classifiers == "shared"
+            assert torch.equal(plain(batch), model(batch, subnet.heads))
+            assert torch.equal(loaded.model()(batch, subnet.heads), model(batch, subnet.heads))
+
+
+@pytest.mark.parametrize("stored", ["shared", "separate"])
+def test_classifiers_that_are_not_those_of_the_spec_are_refused(tmp_path, stored):
+    asked = {"shared": "separate", "separate": "shared"}[stored]
+    tensors = state(geometry(classifiers=stored))
+    missing = {"separate": r"head\.h02\.weight", "shared": r"head\.weight"}[asked]
+    with pytest.raises(InputError, match=f"tensor {missing} is missing"):
+        save(tmp_path / "s", spec(geometry(classifiers=asked)), tensors)
+
+
 def test_placing_leaves_the_rest_as_it_was():
     model, small = supernet(), supernet(geometry().alone(2), seed=1)
     place(model, small.state_dict(), small.geometry)
