@@ -18,6 +18,7 @@ from hydradeploy.spec import Geometry
 from hydradeploy.supernet.store import load
 from hydradeploy.training import metrics
 from hydradeploy.training import state as states
+from hydradeploy.training.loop import Loop
 from hydradeploy.training.presets import DIGITS
 from hydradeploy.training.recipe import Method, Preset, Recipe
 from hydradeploy.training.running import Running
@@ -290,6 +291,36 @@ def test_metrics_of_a_run_that_goes_on_hold_each_step_once(blobs, tmp_path):
     path.write_bytes(b"{}\n")
     with pytest.raises(IntegrityError, match="line 1"):
         metrics.read(tmp_path / "s")
+
+
+def test_a_loss_that_is_lost_later_keeps_the_last_good_state(blobs, tmp_path, monkeypatch):
+    """Weights go bad at step 14; what is on disk is of step 10 and whole."""
+    step = Loop.step
+
+    def spoiled(self, number, pieces):
+        if number == 14:
+            with torch.no_grad():
+                self.model.head.bias.fill_(float("nan"))
+        step(self, number, pieces)
+
+    monkeypatch.setattr(Loop, "step", spoiled)
+    with pytest.raises(InputError, match=r"the loss is nan at step 14 with [123] heads"):
+        train(blobs, tmp_path / "s", preset(epochs=3))
+    monkeypatch.undo()
+    found = states.load(tmp_path / "s")
+    assert found.progress.step == 10
+    assert all(tensor.isfinite().all() for name, tensor in found.tensors.items() if name != "losses")
+    train(blobs, tmp_path / "whole", preset(epochs=3))
+    train(blobs, tmp_path / "s", preset(epochs=3), resume=True)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_resuming_with_other_classes_is_refused(blobs, tmp_path):
+    interrupted(blobs, tmp_path / "s", preset())
+    with np.load(blobs) as arrays:
+        np.savez(tmp_path / "named.npz", **arrays, class_names=np.array(list("abcdefghij")))
+    with pytest.raises(UsageError, match="the classes"):
+        train(str(tmp_path / "named.npz"), tmp_path / "s", preset(), resume=True)
 
 
 def test_a_run_is_saved_every_so_many_steps(blobs, tmp_path):
