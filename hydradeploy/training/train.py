@@ -248,14 +248,15 @@ class _Run:
 
     def _line(self, losses: list[float], watch: _Watch) -> metrics.Line:
         step = self._progress.step
+        speed, waiting = watch.images_per_second(), watch.waiting()  # before evaluation takes its time
         return metrics.Line(
             step=step,
             epoch=step // self._order.steps,
             loss=sum(losses) / max(1, len(losses)),
             learning_rate=self._recipe.rate(step - 1, self._order.steps),
             top1={f"h{heads:02d}": share for heads, share in self.top1().items()},
-            images_per_second=watch.images_per_second(),
-            waiting=watch.waiting(),
+            images_per_second=speed,
+            waiting=waiting,
             bad_images=len(self._bad),
         )
 
