@@ -3,6 +3,7 @@
     python benchmarks/supernet.py                    every run that the file of results lacks, then the report
     python benchmarks/supernet.py --report           the report alone
     python benchmarks/supernet.py --runs hydravit,single-03 --seeds 0
+    python benchmarks/supernet.py --device cuda --jobs 12    so many runs at a time
 
 A run that is stopped goes on where it was; each appends its rows to one CSV when it ends, whatever machine it ran on.
 The report is a table with intervals over the seeds, what the paper claims held against it, and the picture of accuracy
@@ -16,10 +17,12 @@ import csv
 import math
 import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +90,17 @@ def main() -> None:
     parser.add_argument("--data", default="glyphs", help="another data set shows that the benchmark works")
     parser.add_argument("--work", type=Path, default=Path("build/supernet"), help="supernets and states")
     parser.add_argument("--results", type=Path, default=CSV)
+    parser.add_argument("--jobs", type=int, default=1, help="processes that make runs")
     parser.add_argument("--report", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    if not asked.report:
+    if asked.jobs > 1 and not asked.report:
+        _drawn(asked.data, asked.work)
+        command = [sys.executable, *sys.argv, "--jobs", "1"]
+        jobs = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(asked.jobs)]
+        failed = sum(job.wait() != 0 for job in jobs)
+        print(f"{failed} of {asked.jobs} processes failed", file=sys.stderr)
+    elif not asked.report:
         data = _drawn(asked.data, asked.work)
         # Seeds first: after a third of the time there is one answer to everything.
         for seed in map(int, asked.seeds.split(",")):
@@ -318,6 +328,9 @@ def _at_equal_macs(curves: Curves, name: str, other: str) -> str:
 
 def _draw(curves: Curves, path: Path) -> None:
     """Top-1 over MACs: the mean of the seeds and their range."""
+    if find_spec("matplotlib") is None:
+        print("matplotlib is not installed, so there is no picture", file=sys.stderr)
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

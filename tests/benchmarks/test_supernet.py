@@ -85,7 +85,8 @@ def test_runs_are_made_once_and_reported(tmp_path):
     require("sklearn")
     require("matplotlib")
     runs = "hydravit,single-12,sortednet"
-    first = ran(tmp_path, "--runs", runs, "--seeds", "0")
+    first = ran(tmp_path, "--runs", runs, "--seeds", "0", "--jobs", "2")
+    assert "0 of 2 processes failed" in first.stderr
     with (tmp_path / "r.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["run"] for row in rows} == set(runs.split(","))
