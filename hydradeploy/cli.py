@@ -141,6 +141,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Decides every random draw.", min=0)] = None,
     arithmetic: Annotated[str | None, typer.Option(help="fp32, tf32, bf16 or fp16.")] = None,
     trained_heads: Annotated[str | None, typer.Option(help="Head counts to train: 3-12.")] = None,
+    classifiers: Annotated[
+        str | None, typer.Option(help="shared: one for all head counts; separate: one for each.")
+    ] = None,
     head_dim: Annotated[int | None, typer.Option(help="Channels of a head.", min=1)] = None,
     depth: Annotated[int | None, typer.Option(help="Blocks.", min=1)] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels.", min=1)] = None,
@@ -205,7 +208,7 @@ def train(
         "tensorboard": None if tensorboard is None else str(tensorboard),
     }
     options = {
-        "geometry": _without_none(shape | {"trained_heads": heads}),
+        "geometry": _without_none(shape | {"trained_heads": heads, "classifiers": classifiers}),
         "recipe": _without_none(numbers) | {"method": _without_none(method | {"teacher_share": teacher_share})},
         "running": _without_none(how),
     }

@@ -23,7 +23,7 @@ from hydradeploy.errors import InputError
 from hydradeploy.supernet.model import Supernet
 from hydradeploy.training.batches import Batch
 from hydradeploy.training.mixing import mixed, soft
-from hydradeploy.training.objective import Drawing, decay_leading, loss_of
+from hydradeploy.training.objective import Drawing, decay_leading, loss_of, untouched
 from hydradeploy.training.ranks import Ranks
 from hydradeploy.training.recipe import Recipe
 from hydradeploy.training.running import Running
@@ -53,6 +53,7 @@ class Loop:
         self._optimiser = _adamw(self.model, recipe)
         self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=recipe.arithmetic == "fp16")
         self._drawing = Drawing(recipe.method, self._trained, recipe.seed)
+        self._classifiers = list(model.head.parameters()) if isinstance(model.head, nn.ModuleDict) else []
         self._called = self._callable()
         self._losses: list[Tensor] = []
 
@@ -138,11 +139,17 @@ class Loop:
                 taught.append((method.teacher_share, self._teacher(images)))
         losses = []
         for i, k in enumerate(heads):
-            with self._exchanging(last_part and i == len(heads) - 1):
+            last = last_part and i == len(heads) - 1
+            with self._exchanging(last):
                 with self._autocast():
                     logits = self._called(images, k, keep)
                 loss = loss_of(logits, targets, recipe.label_smoothing, tuple(taught))
                 scaled = loss * (self._weight(k) / (len(heads) * self._running.accumulate))
+                if last and self._classifiers:
+                    # Those of other subnets are to have a gradient of zero, as other slices have, and none is not that:
+                    # AdamW would leave them out, and other processes would wait for it. It costs no look at the graph,
+                    # as find_unused_parameters would.
+                    scaled = scaled + untouched(self._classifiers)
                 self._scaler.scale(scaled).backward()  # type: ignore[no-untyped-call]  # torch's own annotation is missing
             if i == 0 and method.distil:
                 own = 1 - method.distil
@@ -159,9 +166,9 @@ class Loop:
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         if not self._recipe.method.decay_unsampled:
-            widest = int(self._ranks.largest(torch.tensor(max(heads))))
-            subnet = self.model.geometry.subnet(widest)
-            decay_leading(_decayed(self.model), subnet, 1 - rate * self._recipe.weight_decay)
+            drawn = self._ranks.largest(torch.tensor([float(k in heads) for k in self._trained])).tolist()
+            subnets = [self.model.geometry.subnet(k) for k, here in zip(self._trained, drawn, strict=True) if here]
+            decay_leading(_decayed(self.model), subnets, 1 - rate * self._recipe.weight_decay)
         self._scaler.step(self._optimiser)
         self._scaler.update()
         decay = self._recipe.ema_decay

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -67,11 +69,21 @@ def loss_of(logits: Tensor, targets: Tensor, smoothing: float, taught: tuple[tup
     return loss
 
 
-def decay_leading(parameters: dict[str, nn.Parameter], subnet: Subnet, by: float) -> None:
-    """Multiply the leading block that `subnet` has of each parameter by `by`, in place."""
+def untouched(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """0, to be added to a loss: it gives each of the parameters a gradient, of zero."""
+    return torch.cat([parameter.reshape(-1)[:0] for parameter in parameters]).sum()
+
+
+def decay_leading(parameters: dict[str, nn.Parameter], subnets: Iterable[Subnet], by: float) -> None:
+    """Multiply what any of `subnets` reads of each parameter by `by`, in place; they are of one supernet."""
+    # The largest one's blocks hold those of the others, but for classifiers of their own.
+    ascending = sorted(subnets, key=lambda subnet: subnet.heads)
+    blocks = {subnet.source(name): shape for subnet in ascending for name, shape in subnet.shapes.items()}
     with torch.no_grad():
         for name, parameter in parameters.items():
-            shape = subnet.shapes[name]
+            shape = blocks.get(name)
+            if shape is None:
+                continue
             if ".attn.qkv." in name:
                 three(parameter)[:, : shape[0] // 3, : shape[1]].mul_(by)
             else:
