@@ -35,7 +35,7 @@ from elastic import DynaBert, Elastic, MatFormer, SortedNet
 from hydradeploy import train
 from hydradeploy.data.datasets import SPLITS, open_dataset
 from hydradeploy.data.preprocess import normalise
-from hydradeploy.spec import Geometry
+from hydradeploy.spec import Classifiers, Geometry
 from hydradeploy.supernet import store
 from hydradeploy.supernet.model import Supernet
 from hydradeploy.training import state as states
@@ -57,6 +57,7 @@ class Run:
     method: Mapping[str, Any] = field(default_factory=dict)
     alone: int | None = None
     teacher: str | None = None
+    classifiers: Classifiers = "shared"
 
 
 RUNS: Mapping[str, Run] = {
@@ -75,6 +76,7 @@ RUNS: Mapping[str, Run] = {
         "smaller subnets weigh more", method={"loss_weights": (2.0, 1.7, 1.4, 1.2, 1.0, 0.9, 0.8, 0.7, 0.7, 0.6)}
     ),
     "loss-aware": Run("subnets of a larger loss are drawn more often", method={"loss_aware": 2.0}),
+    "classifiers": Run("a classifier for each head count", classifiers="separate"),
     "no-decay": Run("no decay on what is not drawn", method={"decay_unsampled": False}),
 }
 
@@ -114,7 +116,7 @@ def main() -> None:
 def preset_of(name: str, seed: int, epochs: int) -> Preset:
     """The glyphs preset as a run changes it."""
     run = RUNS[name]
-    geometry = GLYPHS.geometry
+    geometry = msgspec.structs.replace(GLYPHS.geometry, classifiers=run.classifiers)
     if run.alone is not None:
         geometry = geometry.alone(run.alone)
     recipe = msgspec.structs.replace(GLYPHS.recipe, epochs=epochs, seed=seed, method=Method(**run.method))
