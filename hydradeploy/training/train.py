@@ -170,6 +170,7 @@ class _Run:
         self._total = self._order.steps * self._recipe.all_epochs
         self.loop = loop
         self._bad: dict[int, str] = {}
+        self._top1: tuple[int, dict[int, float]] | None = None
 
     def restore(self, out: Path, say: Callable[[str], None]) -> None:
         """Go on from the saved state of the run that writes `out`; raises UsageError where it is of another run."""
@@ -221,10 +222,14 @@ class _Run:
 
     def top1(self) -> dict[int, float]:
         """Accuracy of the average on the held-out images for the fewest, the middle and the most heads."""
+        if self._top1 is not None and self._top1[0] == self._progress.step:
+            return self._top1[1]
         trained = self.spec.geometry.trained_heads
         some = sorted({trained[0], trained[len(trained) // 2], trained[-1]})
         right = right_of(self.loop.average, self._held_out, some, self._us)
-        return {heads: count / len(self._held_out) for heads, count in right.items()}
+        found = {heads: count / len(self._held_out) for heads, count in right.items()}
+        self._top1 = self._progress.step, found
+        return found
 
     def _seen(self, batches: Iterator[Batch], say: Callable[[str], None]) -> Iterator[Batch]:
         """The batches, with what could not be read counted, named, and refused where it is too much."""
