@@ -125,9 +125,17 @@ class Supernet(nn.Module):
         x = x + self.pos_embed[..., :d]
         for i, block in enumerate(self.blocks):
             x = block(x, subnet.heads, None if keep is None else keep[i])
-        head = self.head[subnet.name] if isinstance(self.head, nn.ModuleDict) else self.head
-        assert isinstance(head, nn.Linear)
-        return _linear(_norm(x[:, 0], self.norm), head, self.geometry.classes)
+        return _linear(_norm(x[:, 0], self.norm), self._classifier(d), self.geometry.classes)
+
+    def _classifier(self, d: int) -> nn.Linear:
+        """That of the subnet of width `d`; looked up by width, because torch.compile stops at a name made from a number
+        and makes three graphs of each subnet."""
+        if isinstance(self.head, nn.Linear):
+            return self.head
+        for layer in self.head.values():
+            if isinstance(layer, nn.Linear) and layer.in_features == d:
+                return layer
+        raise AssertionError(f"every trained head count has a classifier, and none is {d} wide")
 
     def subnet(self, heads: int) -> Supernet:
         """A plain ViT of its own with a copy of the leading weights, in evaluation mode, for a trained head count."""
