@@ -136,7 +136,7 @@ class Loop:
         taught: list[tuple[float, Tensor]] = []
         if self._teacher is not None and method.teacher_share:
             with torch.no_grad(), self._autocast():
-                taught.append((method.teacher_share, self._teacher(images)))
+                taught.append((method.teacher_share, self._teacher(images, self._teacher.geometry.trained_heads[-1])))
         losses = []
         for i, k in enumerate(heads):
             last = last_part and i == len(heads) - 1
