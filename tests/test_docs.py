@@ -120,13 +120,14 @@ def test_the_guide_to_imagenet_runs_from_top_to_bottom(workplace):
 
 
 def test_other_pages_hold_no_command_that_nobody_runs():
-    assert [page.name for page in PAGES if commands(page)] == ["README.md", "exporting.md", "imagenet.md"]
+    assert [page.name for page in PAGES if commands(page)] == ["README.md", "exporting.md", "imagenet.md", "training.md"]
 
 
 @pytest.mark.parametrize(
     ("page", "least"),
     [
         ("data.md", {"train", "export", "evaluate"}),
+        ("training.md", {"train", "import"}),
         ("jetson.md", {"doctor", "profile", "pick", "run"}),
         ("remote.md", {"profile", "pick"}),
     ],
