@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import math
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.util import find_spec
@@ -107,9 +109,9 @@ def main() -> None:
         # Seeds first: after a third of the time there is one answer to everything.
         for seed in map(int, asked.seeds.split(",")):
             for name in asked.runs.split(","):
-                if not _claimed(asked.work, name, seed, asked.epochs, asked.results):
-                    continue
-                _run(name, seed, asked.epochs, data, asked.work, asked.results, asked.device)
+                with _claimed(asked.work, name, seed, asked.epochs, asked.results) as ours:
+                    if ours:
+                        _run(name, seed, asked.epochs, data, asked.work, asked.results, asked.device)
     report(_read(asked.results), asked.epochs, asked.results)
 
 
@@ -163,22 +165,17 @@ def _drawn(data: str, work: Path) -> Path:
     return path
 
 
-def _claimed(work: Path, name: str, seed: int, epochs: int, results: Path) -> bool:
-    """Whether this run is still to be made, and by this process: another one's claim ends with it."""
-    import fcntl
-
-    if any((row["run"], row["seed"], row["epochs"]) == (name, str(seed), str(epochs)) for row in _read(results)):
-        return False
-    lock = (work / f"{name}-{seed}-{epochs}.lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    _HELD.append(lock)
-    return True
-
-
-_HELD: list[Any] = []
+@contextmanager
+def _claimed(work: Path, name: str, seed: int, epochs: int, results: Path) -> Iterator[bool]:
+    """Whether this run is still to be made, and by this process: the kernel drops another one's claim with it."""
+    with (work / f"{name}-{seed}-{epochs}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            made = {(row["run"], row["seed"], row["epochs"]) for row in _read(results)}
+            yield (name, str(seed), str(epochs)) not in made
 
 
 def _run(name: str, seed: int, epochs: int, data: Path, work: Path, results: Path, device: str | None) -> None:

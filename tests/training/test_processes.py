@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,37 +36,64 @@ def blobs(tmp_path_factory) -> str:
     return str(path)
 
 
+# A server that has torch imported forks each process: importing it takes longer than what is tested here.
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(["hydradeploy.training.train", "hydradeploy.cli"])
+
+
+def _begin(rank: int, count: int, port: str, options: list[str], output: str, prelude: str) -> None:
+    """What one process of a run does, as torchrun starts it."""
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{kind}", os.O_CREAT | os.O_WRONLY), descriptor)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    exec(prelude, {})
+    from hydradeploy.cli import main
+
+    sys.argv = ["hydradeploy", "train", *options]
+    main()
+
+
 class Together:
-    """So many processes of one `train`, started as torchrun starts them."""
+    """So many processes of one `train`."""
 
     def __init__(self, count: int, *options: str, prelude: str = "") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        command = [sys.executable, "-m", "hydradeploy", "train", *options]
-        if prelude:
-            command = [sys.executable, "-c", f"{prelude}\nfrom hydradeploy.cli import main\nmain()", "train", *options]
+        self._outputs = [Path(tempfile.mkdtemp()) / str(rank) for rank in range(count)]
         self.processes = [
-            subprocess.Popen(
-                command,
-                env=os.environ
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(count)
+            _FORKSERVER.Process(target=_begin, args=(rank, count, port, list(options), str(output), prelude))
+            for rank, output in enumerate(self._outputs)
         ]
+        for process in self.processes:
+            process.start()
+
+    def until(self, text: str) -> None:
+        """Wait until the first process says this."""
+        deadline = time.monotonic() + 120
+        while text not in self._text(0, "err"):
+            assert self.processes[0].is_alive(), self._text(0, "err")
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
     def end(self) -> list[tuple[int, str, str]]:
         """Exit code, stdout and stderr of each."""
-        ended = [process.communicate(timeout=120) for process in self.processes]
-        return [(process.returncode, *texts) for process, texts in zip(self.processes, ended, strict=True)]
+        for process in self.processes:
+            process.join(120)
+        return [
+            (process.exitcode, self._text(rank, "out"), self._text(rank, "err"))
+            for rank, process in enumerate(self.processes)
+        ]
 
     def kill(self, by: signal.Signals) -> None:
         for process in self.processes:
-            process.send_signal(by)
+            os.kill(process.pid, by)
+
+    def _text(self, rank: int, kind: str) -> str:
+        path = Path(f"{self._outputs[rank]}.{kind}")
+        return path.read_text() if path.exists() else ""
 
 
 def trained(count: int, *options: str) -> list[tuple[int, str, str]]:
@@ -124,10 +153,7 @@ def test_a_killed_run_of_two_that_goes_on_is_the_run_that_was_not_killed(blobs, 
 def test_ctrl_c_stops_all_at_one_step_and_one_process_may_go_on(blobs, tmp_path):
     same = ("--data", blobs, *SHAPE, "--epochs", "40", "--out", str(tmp_path / "s"))
     run = Together(2, *same)
-    first = run.processes[0]
-    assert first.stderr is not None
-    while "epoch 1/" not in (line := first.stderr.readline()):
-        assert line, "ended before its first epoch"
+    run.until("epoch 1/")
     run.kill(signal.SIGINT)
     ended = run.end()
     assert [code for code, _, _ in ended] == [130, 130], ended
@@ -151,11 +177,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(blobs, tmp_path):
 
 def test_the_others_end_with_one_line_when_one_is_killed(blobs, tmp_path):
     run = Together(2, "--data", blobs, *SHAPE, "--epochs", "500", "--out", str(tmp_path / "s"))
-    first, second = run.processes
-    assert first.stderr is not None
-    while "epoch 1/" not in (line := first.stderr.readline()):
-        assert line, "ended before its first epoch"
-    second.kill()
+    run.until("epoch 1/")
+    run.processes[1].kill()
     code, _, err = run.end()[0]
     assert code == 12, err
     assert "error: another process of this run has ended" in err

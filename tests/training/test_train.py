@@ -357,6 +357,7 @@ def test_a_full_disk_keeps_the_last_state_and_says_so(blobs, tmp_path, cli: Cli)
 
     out = tmp_path / "s"
     options = ["train", "--data", blobs, "--out", str(out), "--epochs", "3", "--batch-size", "16", "--image-size", "8"]
+    options += ["--patch-size", "4", "--head-dim", "8", "--trained-heads", "1-3", "--depth", "1"]
     code = f"""
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
