@@ -19,21 +19,11 @@ from types import TracebackType
 from typing import Any
 
 from hydradeploy.spec import IMAGENET_MEAN, IMAGENET_STD, Geometry, Preprocessing, Spec
+from hydradeploy.training.presets import HYDRAVIT_IMAGENET
 
 RESULTS = Path(__file__).parent / "results"
 
-DEIT_B = Geometry(
-    image_size=224,
-    patch_size=16,
-    channels=3,
-    head_dim=64,
-    heads=12,
-    trained_heads=tuple(range(3, 13)),
-    depth=12,
-    mlp_ratio=4.0,
-    classes=1000,
-    eps=1e-6,
-)
+DEIT_B = HYDRAVIT_IMAGENET.geometry
 # As many heads, so that the same options do; it shows that a benchmark works, its figures mean nothing.
 TINY = Geometry(
     image_size=32,

@@ -166,6 +166,21 @@ def deit_b_everything(tmp_path_factory: pytest.TempPathFactory, deit_b_file: Pat
     return export(deit_b_file, path / "bundle", precisions=PRECISION_NAMES, data=data)
 
 
+@pytest.fixture(scope="session")
+def blobs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Ten classes of noisy patterns, 8 by 8: 160 images to train on, 45 held out, 40 to test; do not write to it."""
+    generator = np.random.default_rng(0)
+    patterns = generator.integers(0, 256, (10, 8, 8))
+    arrays = {}
+    for split, count in (("train", 160), ("val", 45), ("test", 40)):
+        labels = np.arange(count) % 10
+        noisy = patterns[labels] + generator.normal(0, 20, (count, 8, 8))
+        arrays |= {f"{split}_images": np.clip(noisy, 0, 255).astype(np.uint8), f"{split}_labels": labels}
+    path = tmp_path_factory.mktemp("blobs") / "blobs.npz"
+    np.savez(path, **arrays)
+    return str(path)
+
+
 @pytest.fixture
 def bundle(tmp_path: Path, shared_bundle: Path) -> Path:
     """A copy of the bundle to damage."""

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 
@@ -34,21 +33,6 @@ ON_GPU = Running(device="cuda", workers=0)
 def _gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU that torch can use")
-
-
-@pytest.fixture(scope="module")
-def blobs(tmp_path_factory) -> str:
-    """Ten classes of noisy patterns, to train on and held out."""
-    generator = np.random.default_rng(0)
-    patterns = generator.integers(0, 256, (10, 8, 8))
-    arrays = {}
-    for split, count in (("train", 160), ("val", 40), ("test", 40)):
-        labels = np.arange(count) % 10
-        noisy = patterns[labels] + generator.normal(0, 20, (count, 8, 8))
-        arrays |= {f"{split}_images": np.clip(noisy, 0, 255).astype(np.uint8), f"{split}_labels": labels}
-    path = tmp_path_factory.mktemp("blobs") / "blobs.npz"
-    np.savez(path, **arrays)
-    return str(path)
 
 
 def preset(**changes: object) -> Preset:

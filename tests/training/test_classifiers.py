@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,21 +40,6 @@ CLASSIFIERS = [f"head.h0{heads}.{part}" for heads in (1, 2, 3) for part in ("wei
 def preset(shape=SHAPE, **recipe) -> Preset:
     changes = {"epochs": 2, "batch_size": 16, "warmup_epochs": 0} | recipe
     return msgspec.structs.replace(DIGITS, geometry=shape, recipe=Recipe(**changes))
-
-
-@pytest.fixture(scope="module")
-def blobs(tmp_path_factory) -> str:
-    """Ten classes of noisy patterns: 160 images to train on, 40 held out."""
-    generator = np.random.default_rng(0)
-    patterns = generator.integers(0, 256, (10, 8, 8))
-    arrays = {}
-    for split, count in (("train", 160), ("val", 40)):
-        labels = np.arange(count) % 10
-        noisy = patterns[labels] + generator.normal(0, 20, (count, 8, 8))
-        arrays |= {f"{split}_images": np.clip(noisy, 0, 255).astype(np.uint8), f"{split}_labels": labels}
-    path = tmp_path_factory.mktemp("blobs") / "blobs.npz"
-    np.savez(path, **arrays)
-    return str(path)
 
 
 def batches(count: int) -> list[Batch]:

@@ -12,7 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,20 +19,6 @@ from hydradeploy.supernet.store import load
 from hydradeploy.training import metrics
 
 SHAPE = "--image-size 8 --patch-size 4 --head-dim 8 --trained-heads 1-3 --depth 1 --batch-size 16".split()  # noqa: SIM905
-
-
-@pytest.fixture(scope="module")
-def blobs(tmp_path_factory) -> str:
-    generator = np.random.default_rng(0)
-    patterns = generator.integers(0, 256, (10, 8, 8))
-    arrays = {}
-    for split, count in (("train", 160), ("val", 45)):
-        labels = np.arange(count) % 10
-        noisy = patterns[labels] + generator.normal(0, 20, (count, 8, 8))
-        arrays |= {f"{split}_images": np.clip(noisy, 0, 255).astype(np.uint8), f"{split}_labels": labels}
-    path = tmp_path_factory.mktemp("blobs") / "blobs.npz"
-    np.savez(path, **arrays)
-    return str(path)
 
 
 # A server that has torch imported forks each process: importing it takes longer than what is tested here.

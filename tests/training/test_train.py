@@ -44,21 +44,6 @@ def preset(shape: Geometry = SHAPE, **recipe: object) -> Preset:
 SHIFTED = Augmentation(shift=0.2)
 
 
-@pytest.fixture(scope="module")
-def blobs(tmp_path_factory) -> str:
-    """Ten classes of noisy patterns: 160 images to train on, 40 held out, 40 to test."""
-    generator = np.random.default_rng(0)
-    patterns = generator.integers(0, 256, (10, 8, 8))
-    arrays = {}
-    for split, count in (("train", 160), ("val", 40), ("test", 40)):
-        labels = np.arange(count) % 10
-        noisy = patterns[labels] + generator.normal(0, 20, (count, 8, 8))
-        arrays |= {f"{split}_images": np.clip(noisy, 0, 255).astype(np.uint8), f"{split}_labels": labels}
-    path = tmp_path_factory.mktemp("blobs") / "blobs.npz"
-    np.savez(path, **arrays)
-    return str(path)
-
-
 def test_every_subnet_learns(blobs, tmp_path):
     trained = train(blobs, tmp_path / "s", preset(epochs=40, learning_rate=3e-3))
     assert set(trained.top1) == {1, 2, 3}
