@@ -82,18 +82,18 @@ def test_the_readme_runs_from_top_to_bottom(workplace, capsys):
     assert "h06-fp32" in capsys.readouterr().out
 
 
-def run_through(page: str, least: int) -> None:
-    """Run a page's commands as they stand, each in the directory that the one before it left."""
+def run_through(page: str, least: int, *more: str) -> None:
+    """Run a page's commands as they stand, with `more` behind, each in the directory that the one before it left."""
     found = commands(ROOT / "docs" / page)
     assert len(found) >= least
     for command in found:
-        ran = subprocess.run([sys.executable, "-m", *shlex.split(command)], capture_output=True, text=True)
+        ran = subprocess.run([sys.executable, "-m", *shlex.split(command), *more], capture_output=True, text=True)
         assert ran.returncode == 0, f"{command}\n{ran.stderr}"
 
 
 def test_the_guide_to_training_runs_from_top_to_bottom(workplace):
     require("sklearn")
-    run_through("training.md", least=5)
+    run_through("training.md", 5, "--depth", "1", "--head-dim", "4")  # smaller, because there are four of them
     assert len(list(workplace.glob("*.metrics.jsonl"))) == 4
     (config,) = blocks(ROOT / "docs" / "training.md", "toml")
     Path("run.toml").write_text(config)

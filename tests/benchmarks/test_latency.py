@@ -103,6 +103,7 @@ def test_rows_measured_again_replace_their_own_only(benchmark_module):
     assert merged(before, new) == [new[1], before[0], new[0]]
 
 
+@pytest.mark.slow
 def test_one_round_on_a_tiny_supernet_measures_what_was_asked_and_both_references(tmp_path, run_benchmark):
     rows = run_benchmark("latency.py", "--heads", "3", "--batches", "1", "--only", "ours int8 onnxruntime")
     assert list(rows[0]) == COLUMNS
