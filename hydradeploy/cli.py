@@ -196,22 +196,15 @@ def train(
     shape = {"head_dim": head_dim, "depth": depth, "image_size": image_size, "patch_size": patch_size}
     method = {"sample_weights": weights, "head_draw": head_draw, "draws": draws, "anchors": anchors, "distil": distil}
     numbers = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "arithmetic": arithmetic}
-    how: dict[str, object] = {
-        "device": device,
-        "workers": workers,
-        "accumulate": accumulate,
-        "compile": compiled or None,
-    }
-    how |= {
-        "save_every": save_every,
-        "bad_images": bad_images,
-        "tensorboard": None if tensorboard is None else str(tensorboard),
-    }
-    options = {
-        "geometry": _without_none(shape | {"trained_heads": heads, "classifiers": classifiers}),
-        "recipe": _without_none(numbers) | {"method": _without_none(method | {"teacher_share": teacher_share})},
-        "running": _without_none(how),
-    }
+    how = {"device": device, "workers": workers, "accumulate": accumulate, "compile": compiled or None}
+    told = {"save_every": save_every, "bad_images": bad_images, "tensorboard": tensorboard and str(tensorboard)}
+    options = configs.without_none(
+        {
+            "geometry": {**shape, "trained_heads": heads, "classifiers": classifiers},
+            "recipe": {**numbers, "method": {**method, "teacher_share": teacher_share}},
+            "running": {**how, **told},
+        }
+    )
     start = configs.preset_named(name)
     # What is wrong in the file is said of the file, before the options are laid over it.
     if config is not None:
@@ -241,11 +234,6 @@ def train(
     else:
         shown = ", ".join(f"{name} {show_percent(share)}" for name, share in top1.items())
         print(f"{out}: {_describe(trained.spec)}; top-1 on held-out images {shown}")
-
-
-def _without_none(options: Mapping[str, object]) -> dict[str, object]:
-    """Those options that are not None."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command("import")

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import cache
 from importlib.util import find_spec
-from math import prod
 from statistics import median
 from types import TracebackType
 from typing import Any
@@ -30,6 +29,7 @@ from hydradeploy.backends.onnxruntime import ERRORS_ONLY, first_line, version
 from hydradeploy.bundle import Dialect
 from hydradeploy.engines import cudart
 from hydradeploy.engines.cudart import Cuda
+from hydradeploy.engines.execution import DeviceTensor
 from hydradeploy.errors import EnvironmentFailed, HydraError, MissingError
 from hydradeploy.units import show_cuda_version
 
@@ -105,12 +105,12 @@ class _Session:
 
     def _run(self, images: Images) -> NDArray[np.float32]:
         lane, cuda, stream = self._lane(len(images)), self._cuda, self._stream
-        lane.images.array[:] = images
-        cuda.copy_in(lane.images.device, lane.images.host, lane.images.size, stream)
+        lane.images.fill(images)
+        lane.images.copy_in(cuda, stream)
         cuda.record(self._start, stream)
         self._session.run_with_iobinding(lane.binding, lane.options)
         cuda.record(self._end, stream)
-        cuda.copy_out(lane.logits.host, lane.logits.device, lane.logits.size, stream)
+        lane.logits.copy_out(cuda, stream)
         cuda.wait(stream)
         self._times.append(cuda.elapsed_s(self._start, self._end))
         return lane.logits.array.copy()
@@ -193,23 +193,6 @@ class _OnnxruntimeCuda:
 BACKEND = _OnnxruntimeCuda()
 
 
-class _Tensor:
-    """An input or output of the model: `array` is where the host writes or reads it, `device` where the GPU does."""
-
-    def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self.shape, self.dtype, self.size = shape, dtype, prod(shape) * dtype.itemsize
-        with ExitStack() as undo:
-            self.host = undo.enter_context(cuda.host(self.size))
-            self.device = undo.enter_context(cuda.allocate(self.size))
-            self.array = self.host.array(shape, dtype)
-            self._undo = undo.pop_all()
-
-    def close(self) -> None:
-        # The array must not outlive the memory.
-        self.array = np.empty(0)
-        self._undo.close()
-
-
 class _Lane:
     """A batch size: where its images and logits are, always the same, and the binding that says so to the session.
 
@@ -220,15 +203,15 @@ class _Lane:
         self.options, self.binding = _run_options(number), session.io_binding()
         self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         with ExitStack() as undo:
-            self.images = _Tensor(cuda, (batch, *model.image_shape), np.dtype(model.input))
+            self.images = DeviceTensor(cuda, (batch, *model.image_shape), np.dtype(model.input))
             undo.callback(self.images.close)
-            self.logits = _Tensor(cuda, (batch, model.classes), np.dtype(np.float32))
+            self.logits = DeviceTensor(cuda, (batch, model.classes), np.dtype(np.float32))
             undo.callback(self.logits.close)
             for bind, name, one in (
                 (self.binding.bind_input, "image", self.images),
                 (self.binding.bind_output, "logits", self.logits),
             ):
-                bind(name, "cuda", _DEVICE, one.dtype.type, one.shape, one.device.address)
+                bind(name, "cuda", _DEVICE, one.array.dtype.type, one.array.shape, one.address)
             self._undo = undo.pop_all()
 
     def close(self) -> None:

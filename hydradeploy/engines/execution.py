@@ -191,9 +191,9 @@ class Execution:
     def _new_lane(self, batch: int) -> _Lane:
         context = self._context()
         with ExitStack() as undo:
-            given = _Tensor(self._cuda, (batch, *self._shape), self._dtype, mapped=self._mapped)
+            given = DeviceTensor(self._cuda, (batch, *self._shape), self._dtype, mapped=self._mapped)
             undo.callback(given.close)
-            taken = _Tensor(self._cuda, (batch, self._classes), np.dtype(np.float32), mapped=self._mapped)
+            taken = DeviceTensor(self._cuda, (batch, self._classes), np.dtype(np.float32), mapped=self._mapped)
             undo.callback(taken.close)
             if not context.set_input_shape(_INPUT, given.array.shape):
                 raise MissingError(f"TensorRT refuses a batch of {batch} images: {errors(self._log)}")
@@ -253,10 +253,10 @@ class Execution:
         return int(least[0]), int(most[0])
 
 
-class _Tensor:
+class DeviceTensor:
     """An input or output: where the host writes or reads it and where the GPU does. `mapped`, that is one memory."""
 
-    def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: np.dtype[Any], *, mapped: bool) -> None:
+    def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: np.dtype[Any], *, mapped: bool = False) -> None:
         size = prod(shape) * dtype.itemsize
         self._size = size
         self._host: HostMemory = cuda.host(size, mapped=mapped)
@@ -297,7 +297,7 @@ class _Tensor:
 class _Lane:
     """A batch size: its context, its tensors, and its graph where there is one. `scratch` is where it computes."""
 
-    def __init__(self, context: Any, given: _Tensor, taken: _Tensor) -> None:
+    def __init__(self, context: Any, given: DeviceTensor, taken: DeviceTensor) -> None:
         self.context, self.input, self.output = context, given, taken
         self.graph: Handle | None = None
         self.scratch = -1

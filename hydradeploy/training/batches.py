@@ -12,7 +12,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -121,7 +121,11 @@ class InMemory:
     def __init__(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64], spec: Spec, recipe: Recipe) -> None:
         self._pixels, self._labels = pixels, labels
         self._spec, self._recipe = spec, recipe
-        self.sha256 = hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
+
+    @cached_property
+    def sha256(self) -> str:
+        """See Source."""
+        return hashlib.sha256(self._pixels.tobytes() + self._labels.astype("<i8").tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._labels)

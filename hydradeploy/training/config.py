@@ -71,7 +71,7 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
 def tables(preset: Preset, running: Running) -> dict[str, Any]:
     """The tables that say all of a run; fields that are None are left out, as TOML has no such value."""
     whole = {part: getattr(preset, part) for part in _PARTS} | {"running": running}
-    found: dict[str, Any] = _without_none(msgspec.to_builtins(whole))
+    found: dict[str, Any] = without_none(msgspec.to_builtins(whole))
     return found
 
 
@@ -104,7 +104,8 @@ def shown(name: str, preset: Preset, running: Running) -> str:
     return tomli_w.dumps({"preset": name} | tables(preset, running))
 
 
-def _without_none(value: Any) -> Any:
+def without_none(value: Any) -> Any:
+    """Tables without the fields that are None, at any depth."""
     if isinstance(value, dict):
-        return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
+        return {name: without_none(inner) for name, inner in value.items() if inner is not None}
     return value

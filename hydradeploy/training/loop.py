@@ -50,7 +50,8 @@ class Loop:
         self.model = model.to(ranks.device)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self._teacher = None if teacher is None else teacher.to(ranks.device).eval().requires_grad_(False)
-        self._optimiser = _adamw(self.model, recipe)
+        self._decayed = _decayed(self.model)
+        self._optimiser = _adamw(self.model, self._decayed, recipe)
         self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=recipe.arithmetic == "fp16")
         self._drawing = Drawing(recipe.method, self._trained, recipe.seed)
         self._classifiers = list(model.head.parameters()) if isinstance(model.head, nn.ModuleDict) else []
@@ -168,7 +169,7 @@ class Loop:
         if not self._recipe.method.decay_unsampled:
             drawn = self._ranks.largest(torch.tensor([float(k in heads) for k in self._trained])).tolist()
             subnets = [self.model.geometry.subnet(k) for k, here in zip(self._trained, drawn, strict=True) if here]
-            decay_leading(_decayed(self.model), subnets, 1 - rate * self._recipe.weight_decay)
+            decay_leading(self._decayed, subnets, 1 - rate * self._recipe.weight_decay)
         self._scaler.step(self._optimiser)
         self._scaler.update()
         decay = self._recipe.ema_decay
@@ -238,8 +239,7 @@ def _decayed(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _adamw(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    decayed = _decayed(model)
+def _adamw(model: nn.Module, decayed: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
     others = [parameter for name, parameter in model.named_parameters() if name not in decayed]
     groups = [
         {

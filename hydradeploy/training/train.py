@@ -127,15 +127,16 @@ def _prepared(
         step=0,
     )
     model = build(spec.geometry).initialise(torch.Generator().manual_seed(recipe.seed))
+    order = Order(len(images), recipe.batch_size, recipe.seed)
     loop = Loop(
         model,
         recipe,
         running,
         us,
-        len(images) // recipe.batch_size,
+        order.steps,
         None if teacher is None else _teacher(teacher, spec),
     )
-    return _Run(progress, running, us, images, held_out, loop)
+    return _Run(progress, running, us, images, held_out, order, loop)
 
 
 def _teacher(path: Path, spec: Spec) -> Supernet:
@@ -162,12 +163,13 @@ class _Run:
         us: Ranks,
         images: Source,
         held_out: Source,
+        order: Order,
         loop: Loop,
     ) -> None:
         self.spec, self._recipe, self._running = progress.spec, progress.recipe, running
         self._progress, self._us, self._images, self._held_out = progress, us, images, held_out
-        self._order = Order(len(images), self._recipe.batch_size, self._recipe.seed)
-        self._total = self._order.steps * self._recipe.all_epochs
+        self._order = order
+        self._total = order.steps * self._recipe.all_epochs
         self.loop = loop
         self._bad: dict[int, str] = {}
         self._top1: tuple[int, dict[int, float]] | None = None

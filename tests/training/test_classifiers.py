@@ -21,18 +21,9 @@ from hydradeploy.training.running import Running
 from tests.conftest import Cli, geometry
 from tests.training.test_processes import SHAPE as OPTIONS
 from tests.training.test_processes import Together
+from tests.training.test_train import SHAPE as SHARED
 
-SHAPE = geometry(
-    image_size=8,
-    patch_size=4,
-    channels=1,
-    head_dim=8,
-    heads=3,
-    trained_heads=(1, 2, 3),
-    depth=1,
-    mlp_ratio=2.0,
-    classifiers="separate",
-)
+SHAPE = msgspec.structs.replace(SHARED, classifiers="separate")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 CLASSIFIERS = [f"head.h0{heads}.{part}" for heads in (1, 2, 3) for part in ("weight", "bias")]
 
