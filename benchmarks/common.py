@@ -84,6 +84,13 @@ def machine() -> str:
     return "-".join(part for part in (short, widest, cores) if part)
 
 
+def gpu() -> str:
+    """The first GPU by its name: nvidia-h200."""
+    import torch
+
+    return "-".join(torch.cuda.get_device_name().lower().split())
+
+
 def stack(*packages: str) -> str:
     """Package versions for a file name: onnxruntime-1.32.0."""
     return "-".join(f"{package}-{version(package)}" for package in packages)

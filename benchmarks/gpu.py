@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import gemm
-from common import DEIT_B, RESULTS, TINY, Worker, answer, questions, ratio_interval, stack, write_csv
+from common import DEIT_B, RESULTS, TINY, Worker, answer, gpu, questions, ratio_interval, stack, write_csv
 from things import Files
 
 from hydradeploy.errors import HydraError
@@ -40,12 +40,6 @@ TYPES = ("fp32", "fp16")
 TURN_S = 0.3
 LEAST_COSINE = 0.99
 SWITCHES = 200
-
-
-def machine() -> str:
-    import torch
-
-    return "-".join(torch.cuda.get_device_name().lower().split())
 
 
 def measured(
@@ -85,7 +79,7 @@ def row(
     ratio, low, high = ratio_interval(ratios)
     median = statistics.median(times[key])
     return {
-        "machine": machine(),
+        "machine": gpu(),
         "k": subnet.heads,
         "batch": batch,
         "thing": name,
@@ -234,17 +228,17 @@ def main() -> None:
         files = Files(Path(directory), TINY if given.tiny else DEIT_B)
         bundle = Path(directory) / "bundle"
         export(files.supernet, bundle, heads=sorted({*heads, *together, 12}), precisions=TYPES, batch="dynamic")
-        name = "-".join([f"gpu-{machine()}-{stack('torch')}", *beside])
+        name = "-".join([f"gpu-{gpu()}-{stack('torch')}", *beside])
         held = []
         for kind in TYPES:
-            taken: dict[str, Any] = {"machine": machine(), "type": kind}
+            taken: dict[str, Any] = {"machine": gpu(), "type": kind}
             for label, which in (("largest", [max(together)]), ("all", list(together))):
                 with Worker(__file__, {"bundle": str(bundle), "resident": which, "kind": kind}) as worker:
                     taken |= {f"{label}_{key}": value for key, value in worker.ready.items()}
             taken["ratio"] = round(taken["all_bytes"] / taken["largest_bytes"], 4)
             print(json.dumps(taken), flush=True)
             held.append(taken)
-        write_csv(f"gpu-resident-{machine()}-{stack('torch')}", held, given.results)
+        write_csv(f"gpu-resident-{gpu()}-{stack('torch')}", held, given.results)
 
         rows: list[dict[str, Any]] = []
         for batch in (int(text) for text in given.batches.split(",")):

@@ -31,7 +31,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from common import RESULTS, machine
+from common import RESULTS, gpu, machine
 from elastic import DynaBert, Elastic, MatFormer, SortedNet
 
 from hydradeploy import train
@@ -72,6 +72,10 @@ RUNS: Mapping[str, Run] = {
     "dynabert": Run("heads and MLP without the embedding", DynaBert),
     "sortednet": Run("all widths, heads thinned", SortedNet),
     "sandwich": Run("smallest, largest and a random subnet", method={"anchors": "sandwich"}),
+    "sandwich-two": Run(
+        "smallest, largest and two random subnets, taught by the largest",
+        method={"anchors": "sandwich", "draws": 2, "distil": 0.5},
+    ),
     "in-place": Run("largest and a random subnet, taught by the largest", method={"anchors": "largest", "distil": 0.5}),
     "teacher": Run("taught by a ViT of 12 heads", method={"teacher_share": 0.5}, teacher="single-12"),
     "loss-weights": Run(
@@ -198,13 +202,13 @@ def _run(name: str, seed: int, epochs: int, data: Path, work: Path, results: Pat
     rows = [
         {"run": name, "seed": seed, "epochs": epochs, "level": level, "macs": macs_of(name, level, GLYPHS.geometry)}
         | {"right": right, "n": n, "training_macs": round(cost_of(name)), "date": date.today().isoformat()}
-        | {"machine": machine(), "torch": torch.__version__}
-        for level, (right, n) in _tested(name, out, data).items()
+        | {"machine": gpu() if str(device).startswith("cuda") else machine(), "torch": torch.__version__}
+        for level, (right, n) in _tested(name, out, data, device).items()
     ]
     _append(results, rows)
 
 
-def _tested(name: str, file: Path, data: Path) -> dict[int, tuple[int, int]]:
+def _tested(name: str, file: Path, data: Path, device: str | None) -> dict[int, tuple[int, int]]:
     """Right answers and images at each level. A ViT trained alone is sliced too, at every head count below its own."""
     weights, run = store.load(file), RUNS[name]
     geometry = weights.spec.geometry
@@ -213,16 +217,17 @@ def _tested(name: str, file: Path, data: Path) -> dict[int, tuple[int, int]]:
         geometry = msgspec.structs.replace(geometry, trained_heads=levels)
     model = run.build(geometry)
     model.load_state_dict(weights.tensors)
+    model.to(device)
     with np.load(data) as arrays:
         images, labels = arrays["test_images"], torch.from_numpy(arrays["test_labels"].astype(np.int64))
     if images.ndim == 3:
         images = images[..., None]
     right = dict.fromkeys(geometry.trained_heads, 0)
     for start in range(0, len(labels), 512):
-        batch = torch.from_numpy(normalise(images[start : start + 512], weights.spec.preprocessing))
+        batch = torch.from_numpy(normalise(images[start : start + 512], weights.spec.preprocessing)).to(device)
         with torch.inference_mode():
             for level in right:
-                right[level] += int((model(batch, level).argmax(1) == labels[start : start + 512]).sum())
+                right[level] += int((model(batch, level).argmax(1).cpu() == labels[start : start + 512]).sum())
     return {level: (count, len(labels)) for level, count in right.items()}
 
 
