@@ -220,14 +220,16 @@ class Loop:
 @contextmanager
 def arithmetic(recipe: Recipe, running: Running, trained: int) -> Iterator[None]:
     """torch's switches as the recipe wants them, put back afterwards; `trained` is the number of head counts."""
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if recipe.arithmetic == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = recipe.arithmetic == "tf32"  # of the patch embedding; torch's default is yes
     try:
         # Each head count is a graph of its own, and training and evaluation differ.
         with torch._dynamo.config.patch(cache_size_limit=2 * trained + 2) if running.compile else nullcontext():
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def _decayed(model: nn.Module) -> dict[str, nn.Parameter]:

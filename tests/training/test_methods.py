@@ -16,7 +16,7 @@ from hydradeploy.data.augment import Augmentation
 from hydradeploy.errors import UsageError
 from hydradeploy.supernet.model import Supernet
 from hydradeploy.training.batches import Batch, Order, Share
-from hydradeploy.training.loop import Loop
+from hydradeploy.training.loop import Loop, arithmetic
 from hydradeploy.training.mixing import mixed, soft
 from hydradeploy.training.objective import Drawing
 from hydradeploy.training.presets import HYDRAVIT_IMAGENET, PRESETS
@@ -367,3 +367,21 @@ def test_the_imagenet_preset_is_the_published_recipe():
 
 def test_presets_are_found_by_name():
     assert set(PRESETS) == {"digits", "glyphs", "small", "hydravit-imagenet"}
+
+
+@pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_products_and_convolutions_are_rounded_as_the_recipe_says_and_as_before_afterwards(kind, convolutions):
+    def switches() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    outside = switches()
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = convolutions
+    try:
+        with arithmetic(recipe(arithmetic=kind), Running(), 3):
+            assert switches() == (("high", True) if kind == "tf32" else ("highest", False))
+        assert switches() == ("medium", convolutions)
+    finally:
+        torch.set_float32_matmul_precision(outside[0])
+        torch.backends.cudnn.allow_tf32 = outside[1]
