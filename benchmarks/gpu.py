@@ -154,13 +154,13 @@ def child(request: Mapping[str, Any]) -> None:
         answer(resident(Path(request["bundle"]), request["resident"], request["kind"]))
         return
     batch = np.load(request["images"])
-    run = opened(request)
+    # Whatever the compiler raises; of ONNX Runtime, what says that it cannot be had here.
+    left_out = {COMPILED: Exception} | dict.fromkeys(ONNXRUNTIME, HydraError)
     try:
+        run = opened(request)
         logits = run(batch)
-    except Exception as error:  # whatever the compiler raises
-        if request["name"] != COMPILED:
-            raise
-        print(f"skipped: torch.compile: {str(error).splitlines()[0]}", file=sys.stderr)
+    except left_out.get(request["name"], ()) as error:
+        print(f"skipped: {request['name']}: {str(error).splitlines()[0]}", file=sys.stderr)
         answer({"skipped": str(error)})
         return
     for _ in range(5):
