@@ -279,7 +279,7 @@ def report(rows: Sequence[Mapping[str, str]], epochs: int, path: Path) -> None:
 
 
 def claims(curves: Curves) -> list[str]:
-    """Differences in points, paired by seed, with 95 % t intervals."""
+    """Differences in points, paired by seed, with 95 % t intervals over seeds."""
     lines = []
     for name in RUNS:
         if name not in curves or RUNS[name].build is not Supernet or RUNS[name].alone is not None:
@@ -326,7 +326,7 @@ def _at_equal_macs(curves: Curves, name: str, other: str) -> str:
             for s in sorted(curves[name].keys() & curves[other].keys())
         ]
         if differences:
-            parts.append(f"{macs / 1e6:.1f}M {statistics.mean(differences):+.2f}")
+            parts.append(f"{macs / 1e6:.1f}M {_interval(differences)}")
     return f"{name} - {other} at equal MACs: {', '.join(parts)}"
 
 
