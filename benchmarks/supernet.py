@@ -36,14 +36,17 @@ from elastic import DynaBert, Elastic, MatFormer, SortedNet
 
 from hydradeploy import train
 from hydradeploy.data.datasets import SPLITS, open_dataset
-from hydradeploy.data.preprocess import normalise
 from hydradeploy.spec import Classifiers, Geometry
 from hydradeploy.supernet import store
 from hydradeploy.supernet.model import Supernet
 from hydradeploy.training import state as states
+from hydradeploy.training.batches import source
+from hydradeploy.training.loop import arithmetic
 from hydradeploy.training.presets import GLYPHS
+from hydradeploy.training.ranks import Ranks, ranks
 from hydradeploy.training.recipe import Method, Preset
 from hydradeploy.training.running import Running
+from hydradeploy.training.train import right_of
 
 SINGLES = (3, 6, 12)
 CSV = RESULTS / "supernet-glyphs.csv"
@@ -199,17 +202,20 @@ def _run(name: str, seed: int, epochs: int, data: Path, work: Path, results: Pat
             say=lambda text: print(f"{name}, seed {seed}: {text}", file=sys.stderr, flush=True),
             build=run.build,
         )
+    with ranks(device) as us, arithmetic(GLYPHS.recipe, Running(), 1):
+        tested, n = _tested(name, out, data, us)
+        where = gpu() if us.device.type == "cuda" else machine()
     rows = [
         {"run": name, "seed": seed, "epochs": epochs, "level": level, "macs": macs_of(name, level, GLYPHS.geometry)}
         | {"right": right, "n": n, "training_macs": round(cost_of(name)), "date": date.today().isoformat()}
-        | {"machine": gpu() if str(device).startswith("cuda") else machine(), "torch": torch.__version__}
-        for level, (right, n) in _tested(name, out, data, device).items()
+        | {"machine": where, "torch": torch.__version__}
+        for level, right in tested.items()
     ]
     _append(results, rows)
 
 
-def _tested(name: str, file: Path, data: Path, device: str | None) -> dict[int, tuple[int, int]]:
-    """Right answers and images at each level. A ViT trained alone is sliced too, at every head count below its own."""
+def _tested(name: str, file: Path, data: Path, us: Ranks) -> tuple[dict[int, int], int]:
+    """Right answers at each level, of so many. A ViT trained alone is sliced too, at every head count below its own."""
     weights, run = store.load(file), RUNS[name]
     geometry = weights.spec.geometry
     if run.alone is not None:
@@ -217,18 +223,8 @@ def _tested(name: str, file: Path, data: Path, device: str | None) -> dict[int, 
         geometry = msgspec.structs.replace(geometry, trained_heads=levels)
     model = run.build(geometry)
     model.load_state_dict(weights.tensors)
-    model.to(device)
-    with np.load(data) as arrays:
-        images, labels = arrays["test_images"], torch.from_numpy(arrays["test_labels"].astype(np.int64))
-    if images.ndim == 3:
-        images = images[..., None]
-    right = dict.fromkeys(geometry.trained_heads, 0)
-    for start in range(0, len(labels), 512):
-        batch = torch.from_numpy(normalise(images[start : start + 512], weights.spec.preprocessing)).to(device)
-        with torch.inference_mode():
-            for level in right:
-                right[level] += int((model(batch, level).argmax(1).cpu() == labels[start : start + 512]).sum())
-    return {level: (count, len(labels)) for level, count in right.items()}
+    images = source(open_dataset(str(data), "test"), weights.spec, GLYPHS.recipe, workers=0)
+    return right_of(model.to(us.device), images, list(geometry.trained_heads), us), len(images)
 
 
 def _append(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
