@@ -276,6 +276,29 @@ def test_a_missing_backend_is_wrong_only_where_there_is_no_other(look, backends,
     assert found.exit_code is code
 
 
+@pytest.mark.parametrize(
+    ("here", "files", "helps"),
+    [
+        (Toy(), {}, False),
+        (Toy(), {"proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95\n"}, True),
+        (Toy(), {"dev/dxg": ""}, True),
+        (Toy(kind="jetson"), {}, True),
+    ],
+)
+def test_nothing_is_to_be_installed_for_a_gpu_that_is_not_there(look, backends, here, files, helps):
+    on_gpu = {name: Runtime("no CUDA device") for name in ("onnxruntime-cuda", "torch-cuda")}
+    for runtime in on_gpu.values():
+        runtime.processor = "cuda"
+    backends(toy=Runtime(), openvino=Runtime("the package openvino is not installed"), **on_gpu)
+    found = look(here, {**QUIET, **files})
+    assert row(found, "backends", "openvino").fix == "pip install 'hydradeploy[openvino]'"
+    fixes = {name: row(found, "backends", name).fix for name in on_gpu}
+    assert fixes == {
+        "onnxruntime-cuda": "pip install 'hydradeploy[cuda]'" if helps else None,
+        "torch-cuda": "a build of torch for this GPU: https://pytorch.org/get-started/locally" if helps else None,
+    }
+
+
 def test_every_backend_has_an_extra_to_install():
     from importlib.metadata import metadata
 
@@ -308,7 +331,7 @@ def test_a_gpu_whose_library_is_not_installed_says_what_to_install(tmp_path, mon
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setattr("hydradeploy.devices.cuda.MACHINE", Cuda())
     asked = row(diagnose(tmp_path, device="cuda", rest=lambda seconds: None), "device", "asked for")
-    assert (asked.status, asked.fix) == ("wrong", "pip install 'hydradeploy[cuda]'")
+    assert (asked.status, asked.fix) == ("wrong", "pip install nvidia-ml-py")
 
 
 def test_an_unknown_kind_of_device_is_a_mistake_of_the_caller(tmp_path):

@@ -16,7 +16,7 @@ from hydradeploy.backends import BACKEND_MODULES, Backend
 from hydradeploy.devices import Machine, machine
 from hydradeploy.devices.reading import Tree
 from hydradeploy.doctor import load, sensors, setting, software, storage
-from hydradeploy.doctor.patient import Patient, Row, said
+from hydradeploy.doctor.patient import Absent, Patient, Row, said
 from hydradeploy.errors import ExitCode, MissingError
 from hydradeploy.spec import Record
 
@@ -111,18 +111,24 @@ def _safely(area: str, probe: _Probe, patient: Patient) -> Iterator[Row]:
         yield Row(area, probe.__name__.replace("_", " "), "remark", f"could not be looked at: {said(error)}")
 
 
-def _backend(module: str) -> Backend | str:
+def _backend(module: str) -> Backend | Absent:
     """A backend, or why it is not usable."""
+    processor = None
     try:
         found: Backend = import_module(module).BACKEND
-        return found.why_not() or found
+        processor = found.processor
+        reason = found.why_not()
     except Exception as error:  # a runtime that is half installed may raise anything
-        return said(error)
+        reason = said(error)
+    else:
+        if reason is None:
+            return found
+    return Absent(reason, processor)
 
 
-def _choose(device: str | None, backends: Mapping[str, Backend | str]) -> tuple[Machine, str | None]:
+def _choose(device: str | None, backends: Mapping[str, Backend | Absent]) -> tuple[Machine, str | None]:
     """The machine that `profile` would take; where there is none, what this one is and why it is not that."""
-    usable = [found for found in backends.values() if not isinstance(found, str)]
+    usable = [found for found in backends.values() if not isinstance(found, Absent)]
     try:
         return machine(device, usable[0].processor if usable else "cpu"), None
     except MissingError as error:

@@ -34,6 +34,14 @@ class Row(Record, frozen=True):
 
 
 @dataclass(frozen=True)
+class Absent:
+    """Why a backend does not run here, and what it would compute on: cpu or cuda, None where it does not even say."""
+
+    why: str
+    processor: str | None
+
+
+@dataclass(frozen=True)
 class Patient:
     """This machine as `here`; `refused` is why it is not the device asked for. `backends` are those usable or not.
 
@@ -42,7 +50,7 @@ class Patient:
 
     here: Machine
     refused: str | None
-    backends: Mapping[str, Backend | str]
+    backends: Mapping[str, Backend | Absent]
     profiles: Path
     tree: Tree
     free_bytes: Callable[[Path], int]
@@ -65,6 +73,13 @@ class Patient:
         """Logical ones of the host that are on, as a GPU has others; those of this process where none is told."""
         told = (self.tree.text("proc/cpuinfo") or "").splitlines()
         return sum(line.startswith("processor\t") for line in told) or self.here.cores()
+
+    @cached_property
+    def has_nvidia(self) -> bool:
+        """Whether there is an NVIDIA GPU with its driver: a Jetson, any in Linux, any that Windows lends."""
+        if self.here.kind != "cpu" or self.tree.text("proc/driver/nvidia/version") is not None:
+            return True
+        return self.tree.path("dev/dxg").exists()
 
     @property
     def is_root(self) -> bool:

@@ -9,8 +9,11 @@ from importlib.metadata import version
 
 from hydradeploy.backends import EXTRAS
 from hydradeploy.devices import DEVICE_MODULES
-from hydradeploy.doctor.patient import Patient, Row, Status, said
+from hydradeploy.doctor.patient import Absent, Patient, Row, Status, said
 from hydradeploy.units import show_bytes
+
+# The extra has torch too, but which build of it pip takes is not ours to say.
+_FIXES = {"torch-cuda": "a build of torch for this GPU: https://pytorch.org/get-started/locally"}
 
 
 def package(patient: Patient) -> Iterator[Row]:
@@ -18,11 +21,13 @@ def package(patient: Patient) -> Iterator[Row]:
 
 
 def backends(patient: Patient) -> Iterator[Row]:
-    """What cannot run here is wrong only where nothing else can."""
-    absent: Status = "wrong" if all(isinstance(found, str) for found in patient.backends.values()) else "remark"
+    """What cannot run here is wrong only where nothing else can; what no package would make run has no fix."""
+    absent: Status = "wrong" if all(isinstance(found, Absent) for found in patient.backends.values()) else "remark"
     for name, found in patient.backends.items():
-        if isinstance(found, str):
-            yield Row("backends", name, absent, found, f"pip install 'hydradeploy[{EXTRAS.get(name, name)}]'")
+        if isinstance(found, Absent):
+            helps = found.processor != "cuda" or patient.has_nvidia
+            fix = _FIXES.get(name) or f"pip install 'hydradeploy[{EXTRAS.get(name, name)}]'"
+            yield Row("backends", name, absent, found.why, fix if helps else None)
         else:
             versions = ", ".join(f"{what} {number}" for what, number in found.software().items())
             yield Row("backends", name, "ok", f"{versions}, on {found.processor}")
@@ -43,7 +48,7 @@ def device(patient: Patient) -> Iterator[Row]:
     if patient.refused is not None:
         fix = f"hydradeploy profile --device {patient.here.kind}, which this machine is and the other rows are about"
         if "nvidia-ml-py" in patient.refused:
-            fix = "pip install 'hydradeploy[cuda]'"
+            fix = "pip install nvidia-ml-py"
         yield Row("device", "asked for", "wrong", patient.refused, fix)
         return
     who = patient.device

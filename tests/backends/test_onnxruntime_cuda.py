@@ -17,6 +17,7 @@ import pytest
 from hydradeploy import export
 from hydradeploy.backends import BACKEND_MODULES, Options, backend, check_options, model_of, onnxruntime_cuda, run_all
 from hydradeploy.doctor import software
+from hydradeploy.doctor.patient import Absent
 from hydradeploy.engines import cudart
 from hydradeploy.errors import EnvironmentFailed, ExitCode, MissingError
 from tests.backends import test_conformance as alike
@@ -426,7 +427,7 @@ def test_it_is_usable_where_gpu_provider_and_libraries_are(runtime, cuda, name, 
 def test_doctor_says_in_one_line_why_it_is_not_usable(runtime, name):
     runtime.printed = LACKING
     reason = onnxruntime_cuda.BACKEND.why_not()
-    (row,) = software.backends(SimpleNamespace(backends={name: reason}))
+    (row,) = software.backends(SimpleNamespace(backends={name: Absent(reason, "cuda")}, has_nvidia=True))
     assert (row.name, row.found) == (name, reason)
     assert row.fix == "pip install 'hydradeploy[cuda]'"
     assert "\n" not in row.found
