@@ -28,7 +28,7 @@ import msgspec
 
 from hydradeploy.errors import IntegrityError, MissingError, UsageError, environment
 from hydradeploy.files import inside, locked, moved_aside, sha256_bytes, sha256_file, user_cache, write_atomically
-from hydradeploy.spec import Record, Spec, Subnet, decode
+from hydradeploy.spec import Geometry, Record, Spec, Subnet, decode
 from hydradeploy.stored import ITEM_BYTES, Dtype, Form, Input, layers, stored
 
 if TYPE_CHECKING:  # picking reads bundles too, and starts twice as fast without numpy
@@ -321,9 +321,12 @@ class Extent(NamedTuple):
 
 def form_of(spec: Spec, artifact: Artifact) -> Form:
     """Which stored tensors an artifact reads."""
-    found = artifact.quantisation
-    int8 = () if found is None else tuple(layer for layer in layers(spec.geometry) if layer not in found.kept)
-    return Form(dtype=artifact.dtype, input=artifact.input, int8=int8)
+    return Form(dtype=artifact.dtype, input=artifact.input, int8=in_int8(artifact.quantisation, spec.geometry))
+
+
+def in_int8(quantisation: Quantisation | None, geometry: Geometry) -> tuple[str, ...]:
+    """The layers whose matrices are int8, in forward order: none where nothing is quantised."""
+    return () if quantisation is None else tuple(one for one in layers(geometry) if one not in quantisation.kept)
 
 
 def leading_rows(stored: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:

@@ -184,25 +184,44 @@ def usable() -> tuple[Backend, ...]:
     return tuple(candidate for candidate in found if candidate.why_not() is None)
 
 
+def precisions_of(runner: Backend) -> list[str]:
+    """Those that the backend runs here."""
+    return [name for name in PRECISION_NAMES if runner.compute_types(name)]
+
+
 def check_options(runner: Backend, options: Options, precision: str) -> None:
-    """Raise MissingError, which says what there is, for a precision or a compute type that the backend lacks here, and
-    UsageError for a setting or a value it does not know."""
+    """Raise MissingError for a backend that does not run here, or with what there is for a precision or a compute type
+    that it lacks here, and UsageError for a setting or a value it does not know."""
+    check_usable(runner)
     types = runner.compute_types(precision)
     if not types:
-        has = [name for name in PRECISION_NAMES if runner.compute_types(name)]
-        raise MissingError(f"{runner.name} does not run {precision} here", hint=f"it has {', '.join(has)}")
+        raise MissingError(
+            f"{runner.name} does not run {precision} here", hint=f"it has {', '.join(precisions_of(runner))}"
+        )
     if options.compute_type is not None and options.compute_type not in types:
         raise MissingError(
             f"{runner.name} does not compute {precision} artifacts in {options.compute_type} here",
             hint=f"it has {', '.join(types)}",
         )
     for name, value in options.settings.items():
-        values = runner.settings.get(name)
-        if values is None:
+        if name not in runner.settings:
             known = ", ".join(runner.settings) or "none"
             raise UsageError(f"{runner.name} has no setting {name!r}", hint=f"it has {known}")
-        if value not in values:
-            raise UsageError(f"{runner.name}: {name} cannot be {value!r}", hint=f"one of {', '.join(values)}")
+        check_setting(runner, name, value)
+
+
+def check_usable(runner: Backend) -> None:
+    """Raise MissingError, which says why, for a backend that does not run here."""
+    reason = runner.why_not()
+    if reason is not None:
+        raise MissingError(f"{runner.name} cannot run here: {reason}")
+
+
+def check_setting(runner: Backend, name: str, value: str) -> None:
+    """Raise UsageError for a value that one of the backend's settings cannot have."""
+    values = runner.settings[name]
+    if value not in values:
+        raise UsageError(f"{runner.name}: {name} cannot be {value!r}", hint=f"one of {', '.join(values)}")
 
 
 def with_defaults(runner: Backend, options: Options, precision: str) -> Options:

@@ -24,7 +24,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.backends import Images, Model, Options, check_input, check_options, read_ahead, with_defaults
+from hydradeploy.backends import (
+    Images,
+    Model,
+    Options,
+    check_input,
+    check_options,
+    check_usable,
+    read_ahead,
+    with_defaults,
+)
 from hydradeploy.backends.onnxruntime import ERRORS_ONLY, first_line, version
 from hydradeploy.bundle import Dialect
 from hydradeploy.engines import cudart
@@ -175,17 +184,12 @@ class _OnnxruntimeCuda:
     def prepare(self) -> None:
         import onnxruntime
 
-        reason = self.why_not()
-        if reason is not None:
-            raise MissingError(f"{self.name} cannot run here: {reason}")
+        check_usable(self)
         # The provider's library is loaded, and CUDA's context made, by the first who asks it for memory.
         with _said_so(f"{self.name} cannot run here"):
             onnxruntime.OrtValue.ortvalue_from_shape_and_type((1,), np.float32, "cuda", _DEVICE)
 
     def open(self, model: Model, options: Options) -> _Session:
-        reason = self.why_not()
-        if reason is not None:
-            raise MissingError(f"{self.name} cannot run here: {reason}")
         check_options(self, options, model.precision)
         return _Session(model, options)
 

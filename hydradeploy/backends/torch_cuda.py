@@ -65,6 +65,7 @@ class _Session:
             "torch": str(torch.__version__),
             "cuda": str(torch.version.cuda),
             "gpu": torch.cuda.get_device_name(),
+            "threads": "default" if options.threads is None else str(options.threads),
             "compute_type": self._kind,
             **chosen.settings,
         }
@@ -88,7 +89,6 @@ class _Session:
             return self._run(images)
 
     def _run(self, images: Images) -> NDArray[np.float32]:
-
         ready = self._ready(len(images))
         np.copyto(ready.sent.numpy(), images)
         ready.images.copy_(ready.sent, non_blocking=True)
@@ -172,9 +172,6 @@ class _TorchCuda:
         torch.zeros(1, device="cuda")
 
     def open(self, model: Model, options: Options) -> _Session:
-        reason = self.why_not()
-        if reason is not None:
-            raise MissingError(f"torch-cuda cannot run here: {reason}")
         check_options(self, options, model.precision)
         return _Session(model, options)
 

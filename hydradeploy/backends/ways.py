@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from hydradeploy.backends import PRECISION_NAMES, Backend, Options, backend, check_options, usable
+from hydradeploy.backends import (
+    PRECISION_NAMES,
+    Backend,
+    Options,
+    backend,
+    check_options,
+    check_setting,
+    precisions_of,
+    usable,
+)
 from hydradeploy.bundle import Artifact, Bundle
 from hydradeploy.errors import MissingError, UsageError
 
@@ -88,10 +97,10 @@ def ways(
         if reason is not None:
             reasons.setdefault(reason, []).append(artifact.name)
     left_out = tuple(f"left out: {', '.join(names)}: {reason}" for reason, names in reasons.items())
-    _check_all_there(precisions or (), {way.artifact.precision for way in found}, "run", runners, _precisions)
+    _check_all_there(precisions or (), {way.artifact.precision for way in found}, "run", runners, precisions_of)
     _check_all_there(compute_types or (), {way.compute_type for way in found}, "compute in", runners, _compute_types)
     if not found:
-        raise MissingError("; ".join(reasons) or "no artifact to run", hint=_what_there_is(runners, _precisions))
+        raise MissingError("; ".join(reasons) or "no artifact to run", hint=_what_there_is(runners, precisions_of))
     return Ways(tuple(found), left_out)
 
 
@@ -100,9 +109,7 @@ def _settings(runner: Backend, settings: Mapping[str, Sequence[str]]) -> Iterato
     known = {name: values for name, values in settings.items() if name in runner.settings}
     for name, values in known.items():
         for value in values:
-            if value not in runner.settings[name]:
-                there = ", ".join(runner.settings[name])
-                raise UsageError(f"{runner.name}: {name} cannot be {value!r}", hint=f"one of {there}")
+            check_setting(runner, name, value)
     for values in product(*(dict.fromkeys(values) for values in known.values())):
         yield {name: value for name, value in zip(known, values, strict=True) if value != runner.settings[name][0]}
 
@@ -131,10 +138,6 @@ def _check_all_there(
 
 def _what_there_is(runners: Sequence[Backend], has: Callable[[Backend], Sequence[str]]) -> str:
     return "; ".join(f"{runner.name} has {', '.join(has(runner)) or 'none'}" for runner in runners)
-
-
-def _precisions(runner: Backend) -> list[str]:
-    return [name for name in PRECISION_NAMES if runner.compute_types(name)]
 
 
 def _compute_types(runner: Backend) -> list[str]:

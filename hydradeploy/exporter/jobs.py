@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hydradeploy.bundle import Artifact, Batch, Dialect, Quantisation
+from hydradeploy.bundle import Artifact, Batch, Dialect, Quantisation, in_int8
 from hydradeploy.exporter import graph as graphs
 from hydradeploy.exporter.precision import Precision, precision
 from hydradeploy.spec import Geometry
-from hydradeploy.stored import Form, Input, layers
+from hydradeploy.stored import Form, Input
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ class Job:
 
     def form(self, geometry: Geometry) -> Form:
         """Which stored tensors it reads."""
-        found = self.quantisation
-        int8 = () if found is None else tuple(layer for layer in layers(geometry) if layer not in found.kept)
-        return Form(dtype=self.precision.dtype, input=self.input, int8=int8)
+        return Form(dtype=self.precision.dtype, input=self.input, int8=in_int8(self.quantisation, geometry))
 
     def graphs(self, geometry: Geometry) -> dict[Dialect, graphs.Graph]:
         """Its graph in every dialect that the precision has."""
