@@ -17,16 +17,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from common import machine, ratio_interval, stack, supernet_file, write_csv
+from common import (
+    DEIT_B,
+    RESULTS,
+    TINY,
+    Worker,
+    answer,
+    machine,
+    questions,
+    ratio_interval,
+    stack,
+    supernet_file,
+    write_csv,
+)
+
+from hydradeploy.spec import parse_heads
 
 TURNS = 8
 FIGURES = ("latency_s", "load_s", "cold_load_s", "first_s", "peak_bytes")
@@ -40,15 +52,15 @@ def high_water_bytes() -> int:
     raise RuntimeError("no VmHWM in /proc/self/status")
 
 
-def child(bundle: Path, artifact: str) -> None:
-    """Open one artifact, print the figures, then answer each number on stdin with the seconds of that many runs."""
+def child(bundle: str, artifact: str) -> None:
+    """Open one artifact and say the figures, then answer each number with the seconds of that many runs."""
     import numpy as np
     import onnxruntime  # noqa: F401  # its own import is not part of what is measured
 
     from hydradeploy.backends import Options, backend, model_of
     from hydradeploy.bundle import open_bundle
 
-    opened, runner = open_bundle(bundle, "manifest"), backend("onnxruntime")
+    opened, runner = open_bundle(Path(bundle), "manifest"), backend("onnxruntime")
     model = model_of(opened, opened.artifact(artifact), runner.dialect)
     image = np.random.default_rng(0).normal(size=(1, *model.image_shape)).astype(np.float32)
     before = high_water_bytes()
@@ -57,45 +69,14 @@ def child(bundle: Path, artifact: str) -> None:
         loaded = time.perf_counter()
         session.run(image)
         first = time.perf_counter() - loaded
-        figures = {"load_s": loaded - started, "first_s": first, "peak_bytes": high_water_bytes() - before}
-        print(json.dumps(figures), flush=True)
-        for line in sys.stdin:
+        answer({"load_s": loaded - started, "first_s": first, "peak_bytes": high_water_bytes() - before})
+        for runs in questions():
             samples = []
-            for _ in range(int(line)):
+            for _ in range(runs):
                 start = time.perf_counter()
                 session.run(image)
                 samples.append(time.perf_counter() - start)
-            print(json.dumps(samples), flush=True)
-
-
-class Child:
-    """A process that has one artifact open."""
-
-    def __init__(self, bundle: Path, artifact: str) -> None:
-        command = [sys.executable, __file__, "--child", str(bundle), artifact]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.figures: dict[str, float] = self._answer()
-        self._process.send_signal(signal.SIGSTOP)
-
-    def turn(self, runs: int) -> list[float]:
-        """Seconds of each of `runs` inferences, after two that settle caches."""
-        assert self._process.stdin is not None
-        self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.write(f"{runs + 2}\n")
-        self._process.stdin.flush()
-        samples: list[float] = self._answer()
-        self._process.send_signal(signal.SIGSTOP)
-        return samples[2:]
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
+            answer(samples)
 
 
 def drop_from_cache(bundle: Path) -> None:
@@ -112,21 +93,27 @@ def one_round(bundles: dict[str, Path], artifact: str, heads: int, number: int) 
     cold = {}
     for variant in order:
         drop_from_cache(bundles[variant])
-        child = Child(bundles[variant], artifact)
-        child.close()
-        cold[variant] = child.figures["load_s"]
-    children = {variant: Child(bundles[variant], artifact) for variant in order}
+        with opening(bundles[variant], artifact) as worker:
+            cold[variant] = worker.ready["load_s"]
     turns: dict[str, list[float]] = {variant: [] for variant in order}
-    for turn in range(TURNS):
-        for variant in order if turn % 2 == 0 else order[::-1]:
-            turns[variant].append(statistics.median(children[variant].turn(max(3, 30 // heads))))
+    with ExitStack() as kept:
+        workers = {variant: kept.enter_context(opening(bundles[variant], artifact)) for variant in order}
+        for turn in range(TURNS):
+            for variant in order if turn % 2 == 0 else order[::-1]:
+                # Two that settle caches come first.
+                samples = workers[variant].ask(max(3, 30 // heads) + 2)[2:]
+                turns[variant].append(statistics.median(samples))
     ratio = statistics.median(a / b for a, b in zip(turns["shared"], turns["standalone"], strict=True))
-    figures = {}
-    for variant, child in children.items():
-        child.close()
-        latency = {"latency_s": statistics.median(turns[variant]), "paired_ratio": ratio}
-        figures[variant] = child.figures | latency | {"cold_load_s": cold[variant]}
-    return figures
+    return {
+        variant: worker.ready
+        | {"latency_s": statistics.median(turns[variant]), "paired_ratio": ratio, "cold_load_s": cold[variant]}
+        for variant, worker in workers.items()
+    }
+
+
+def opening(bundle: Path, artifact: str) -> Worker:
+    """A process that has the artifact open."""
+    return Worker(__file__, {"bundle": str(bundle), "artifact": artifact})
 
 
 def summary(artifact: str, rounds: list[dict[str, dict[str, float]]]) -> dict[str, object]:
@@ -144,31 +131,32 @@ def summary(artifact: str, rounds: list[dict[str, dict[str, float]]]) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--heads", default="3-12")
-    parser.add_argument("--child", nargs=2)
-    arguments = parser.parse_args()
-    if arguments.child:
-        child(Path(arguments.child[0]), arguments.child[1])
+    parser.add_argument("--heads", type=parse_heads, default=tuple(range(3, 13)))
+    parser.add_argument("--tiny", action="store_true", help="a supernet so small that figures mean nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the CSV goes")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(**options.child)
         return
     from hydradeploy import export
-    from hydradeploy.spec import parse_heads
 
-    heads = parse_heads(arguments.heads)
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        supernet = supernet_file(root)
+        supernet = supernet_file(root, TINY if options.tiny else DEIT_B)
         bundles = {"shared": root / "shared", "standalone": root / "standalone"}
         # The shared file always holds the largest subnet, or there would be nothing to cut.
-        export(supernet, bundles["shared"], heads=sorted({*heads, 12}))
-        export(supernet, bundles["standalone"], heads=heads, standalone=True)
+        export(supernet, bundles["shared"], heads=sorted({*options.heads, 12}))
+        export(supernet, bundles["standalone"], heads=options.heads, standalone=True)
         rows = []
-        for k in heads:
+        for k in options.heads:
             artifact = f"h{k:02d}-fp32"
-            rows.append(summary(artifact, [one_round(bundles, artifact, k, turn) for turn in range(arguments.rounds)]))
+            rows.append(summary(artifact, [one_round(bundles, artifact, k, turn) for turn in range(options.rounds)]))
             print(json.dumps(rows[-1]), file=sys.stderr)
-    write_csv(f"shared_weights-{machine()}-{stack('onnxruntime')}", rows)
+    file = f"shared_weights-{'tiny-' if options.tiny else ''}{machine()}-{stack('onnxruntime')}"
+    write_csv(file, rows, options.results)
 
 
 if __name__ == "__main__":
