@@ -26,6 +26,15 @@ setup: .venv/ready $(if $(DEVICE_PYTHON),.venv-device/ready)
 	.venv-device/bin/pip install -q "onnxruntime==1.23.2" msgspec numpy Pillow psutil rich "typer>=0.27,<0.29"
 	touch $@
 
+# PyPI's torch, which is for CUDA, and the ONNX Runtime for GPUs in the place of the one for processors, whose module it
+# shares: of both the one installed last is there.
+.venv-gpu/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install -q -e ".[train]" hypothesis pytest pytest-xdist
+	.venv-gpu/bin/pip uninstall -q -y onnxruntime
+	.venv-gpu/bin/pip install -q -e ".[cuda]"
+	touch $@
+
 demo: .venv/ready
 	$(BIN)/hydradeploy demo --force
 
@@ -42,9 +51,8 @@ format: .venv/ready
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# Where a GPU is; PYTHON and the packages may be those of the machine: python3 -m pytest -m gpu tests/gpu
-test-gpu: setup
-	HYDRADEPLOY_REQUIRE=gpu $(BIN)/pytest -m gpu tests/gpu
+test-gpu: .venv-gpu/ready
+	HYDRADEPLOY_REQUIRE=gpu .venv-gpu/bin/pytest -m gpu tests/gpu tests/backends
 
 test-slow: setup
 	$(BIN)/pytest -m slow -n 2 --dist loadfile
@@ -64,4 +72,4 @@ docs: .venv/ready
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf .venv .venv-device build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-device .venv-gpu build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

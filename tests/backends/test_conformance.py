@@ -1,4 +1,4 @@
-"""What every backend must do alike."""
+"""What every backend must do alike: those of the processor always, those of a GPU where the tests for one are run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import ExitCode, InputError, MissingError, UsageError
 from tests.conftest import missing
 
-pytestmark = pytest.mark.parametrize("name", sorted(BACKEND_MODULES))
+# Their modules; on a GPU it is the runtime itself that is asked whether there is one, and so loaded.
+PACKAGES = {"torch-cuda": "torch", "onnxruntime-cuda": "onnxruntime", "tensorrt-rtx": "tensorrt_rtx"}
+ON_GPU = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "torch-cuda")
+
+
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.gpu if n in ON_GPU else ()) for n in sorted(BACKEND_MODULES)])
+def name(request):
+    return request.param
 
 
 @pytest.fixture
@@ -25,7 +32,8 @@ def runner(name):
     try:
         return backend(name)
     except MissingError as error:
-        missing(name, error.message)
+        # TensorRT is not needed for the tests on a GPU to mean something, a GPU is.
+        missing("gpu" if name.endswith("-cuda") else name, error.message)
 
 
 @pytest.fixture
@@ -215,7 +223,7 @@ import sys
 from hydradeploy.backends import backend
 before = set(sys.modules)
 print(sorted(backend({name!r}).software().items()))
-assert {name!r} not in set(sys.modules) - before
+assert {name in ON_GPU} or {name!r} not in set(sys.modules) - before
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -235,12 +243,12 @@ import numpy as np
 from hydradeploy.backends import Options, backend, model_of
 from hydradeploy.bundle import open_bundle
 runner = backend({name!r})
-assert {name!r} not in sys.modules
+assert {name in ON_GPU} or {name!r} not in sys.modules
 opened = open_bundle(Path({str(opened.path.resolve())!r}))
 target = model_of(opened, opened.artifact("h04-fp32"), runner.dialect)
 runner.prepare()
 before = set(sys.modules)
-assert {name!r} in before
+assert {PACKAGES.get(name, name)!r} in before
 with runner.open(target, Options(threads=1)) as session:
     session.run(np.zeros((1, 3, 32, 32), np.float32))
 print(sorted(set(sys.modules) - before))
@@ -265,17 +273,18 @@ def test_a_file_that_is_none_of_ours_is_one_clear_error(runner, opened, bundle):
         runner.open(broken, Options())
 
 
+@pytest.mark.parametrize("name", sorted(BACKEND_MODULES))
 def test_an_unknown_backend_names_those_there_are(name):
     with pytest.raises(UsageError) as refused:
         backend("abacus")
     assert name in str(refused.value.hint)
 
 
+# tests/backends/test_tensorrt.py has it of TensorRT.
+@pytest.mark.parametrize("name", sorted(name for name in BACKEND_MODULES if not name.startswith("tensorrt")))
 def test_a_backend_that_is_not_installed_says_so(name, monkeypatch):
     import importlib.util
 
-    if name.startswith("tensorrt"):
-        pytest.skip("tests/backends/test_tensorrt.py has it")
     original, package = importlib.util.find_spec, name.removesuffix("-cuda")
     module = __import__(BACKEND_MODULES[name], fromlist=["BACKEND"])
     monkeypatch.setattr(module, "find_spec", lambda n: None if n == package else original(n))

@@ -125,12 +125,16 @@ def test_closing_gives_the_memory_back(runner, everything):
         with runner.open(model, Options(settings={"graph": "on"})):
             pass
 
+    def lost_by_twenty() -> int:
+        free, _ = cudart.load().memory()
+        for _ in range(20):
+            once()
+        return free - cudart.load().memory()[0]
+
     once()
-    free, _ = cudart.load().memory()
-    for _ in range(20):
-        once()
-    # Less than two sessions take: a lost one every time would be twenty.
-    assert free - cudart.load().memory()[0] < 64 << 20
+    # Less than two sessions take: a lost one every time would be twenty, in every round. Other programs on the card may
+    # take memory in one.
+    assert min(lost_by_twenty() for _ in range(3)) < 64 << 20
 
 
 def test_stdout_is_clean_without_torchs_libraries_loaded(runner, everything):
