@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -200,27 +201,36 @@ class _Run:
                 done = step + 1
                 if self._us.first:
                     report("training", done, self._total)
-                ends = done % self._order.steps == 0
-                saves = ends or (self._running.save_every is not None and done % self._running.save_every == 0)
-                if not (saves or self._us.world == 1 or done % _TOGETHER == 0):
+                ends, saves, meets = self._due(done)
+                if not (saves or meets or self._us.world == 1):
                     continue
                 stops = bool(self._us.largest(torch.tensor(float(interrupted()))))
-                if saves or stops or done % _TOGETHER == 0:
+                if saves or stops or meets:
                     losses += self.loop.losses(done)
                     self._share_bad()
                     self._progress = msgspec.structs.replace(self._progress, step=done, bad=tuple(sorted(self._bad)))
                 if ends:
                     line = self._line(losses, watch)
                     self._tell(line, lines, watch.left(self._total - done), say)
-                    losses, watch.steps = [], 0
+                    losses = []
                     watch.restart()
                 if saves or stops:
                     self._save(out)
                 if stops:
-                    if self._us.first:
-                        store.save(out, self.spec, self.loop.average.state_dict())
-                        say(f"{out} is usable as it is; go on with --resume")
-                    raise KeyboardInterrupt
+                    self._leave(out, say)
+
+    def _due(self, done: int) -> tuple[bool, bool, bool]:
+        """After so many steps: whether an epoch ends, whether the state is saved, whether the processes meet."""
+        every = self._running.save_every
+        ends = done % self._order.steps == 0
+        return ends, ends or (every is not None and done % every == 0), done % _TOGETHER == 0
+
+    def _leave(self, out: Path, say: Callable[[str], None]) -> NoReturn:
+        """Interrupted, with the state saved: leave a usable supernet too."""
+        if self._us.first:
+            store.save(out, self.spec, self.loop.average.state_dict())
+            say(f"{out} is usable as it is; go on with --resume")
+        raise KeyboardInterrupt
 
     def top1(self) -> dict[int, float]:
         """Accuracy of the average on the held-out images for the fewest, the middle and the most heads."""
@@ -283,12 +293,12 @@ class _Watch:
     """Where the time of an epoch goes."""
 
     def __init__(self, batch_size: int) -> None:
-        self._batch_size, self.steps = batch_size, 0
+        self._batch_size = batch_size
         self.restart()
 
     def restart(self) -> None:
         """Begin an epoch."""
-        self._started, self._waited = time.perf_counter(), 0.0
+        self._started, self._waited, self.steps = time.perf_counter(), 0.0, 0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; waiting for them is counted."""
