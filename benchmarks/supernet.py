@@ -44,7 +44,7 @@ from hydradeploy.training.batches import source
 from hydradeploy.training.loop import arithmetic
 from hydradeploy.training.presets import GLYPHS
 from hydradeploy.training.ranks import Ranks, ranks
-from hydradeploy.training.recipe import Method, Preset
+from hydradeploy.training.recipe import Method, Preset, anchors_of
 from hydradeploy.training.running import Running
 from hydradeploy.training.train import right_of
 
@@ -78,6 +78,9 @@ RUNS: Mapping[str, Run] = {
     "sandwich-two": Run(
         "smallest, largest and two random subnets, taught by the largest",
         method={"anchors": "sandwich", "draws": 2, "distil": 0.5},
+    ),
+    "anchors": Run(
+        "3, 6, 12 heads and a random subnet, taught by the largest", method={"anchors": SINGLES, "distil": 0.5}
     ),
     "in-place": Run("largest and a random subnet, taught by the largest", method={"anchors": "largest", "distil": 0.5}),
     "teacher": Run("taught by a ViT of 12 heads", method={"teacher_share": 0.5}, teacher="single-12"),
@@ -149,7 +152,7 @@ def cost_of(name: str) -> float:
     trained = geometry.trained_heads
     macs = {k: macs_of(name, k, geometry) for k in trained}
     method = Method(**run.method)
-    anchors = {"none": (), "largest": trained[-1:], "sandwich": (trained[0], trained[-1])}[method.anchors]
+    anchors = anchors_of(method, trained)
     others = [macs[k] for k in trained if k not in anchors]
     taught = macs[trained[-1]] if run.teacher else 0
     return sum(macs[k] for k in anchors) + method.draws * statistics.mean(others) + taught

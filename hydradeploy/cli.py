@@ -156,7 +156,7 @@ def train(
     ] = None,
     draws: Annotated[int | None, typer.Option(help="Head counts drawn for each step.", min=0)] = None,
     anchors: Annotated[
-        str | None, typer.Option(help="Subnets in every step besides: none, largest, or sandwich (both ends).")
+        str | None, typer.Option(help="Subnets in every step besides: none, largest, sandwich (both ends), or 3,6,12.")
     ] = None,
     distil: Annotated[
         float | None, typer.Option(help="Share of a smaller subnet's loss that the largest one's output gives.")
@@ -193,8 +193,9 @@ def train(
         from hydradeploy.training.train import train as call
     written = {} if config is None else configs.read(config)
     name = str(preset or written.get("preset") or suited(data))
+    fixed = parse_heads(anchors) if anchors is not None and anchors[:1].isdigit() else anchors
     shape = {"head_dim": head_dim, "depth": depth, "image_size": image_size, "patch_size": patch_size}
-    method = {"sample_weights": weights, "head_draw": head_draw, "draws": draws, "anchors": anchors, "distil": distil}
+    method = {"sample_weights": weights, "head_draw": head_draw, "draws": draws, "anchors": fixed, "distil": distil}
     numbers = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "seed": seed, "arithmetic": arithmetic}
     how = {"device": device, "workers": workers, "accumulate": accumulate, "compile": compiled or None}
     told = {"save_every": save_every, "bad_images": bad_images, "tensorboard": tensorboard and str(tensorboard)}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hydradeploy.spec import Subnet, three
-from hydradeploy.training.recipe import Method
+from hydradeploy.training.recipe import Method, anchors_of
 
 _HEADS = 3  # the stream of random numbers that head counts are drawn from
 _SLOWNESS = 0.98  # of the running losses: about fifty steps
@@ -27,18 +27,18 @@ class Drawing:
     def of(self, step: int, rank: int) -> tuple[int, ...]:
         """The head counts of a step, the largest anchor first, each once."""
         method, trained = self._method, self._trained
-        anchors = {"none": (), "largest": trained[-1:], "sandwich": (trained[-1], trained[0])}[method.anchors]
+        anchors = anchors_of(method, trained)
         shares = self._shares()
         shares[[trained.index(k) for k in anchors]] = 0
         count = min(method.draws, int(np.count_nonzero(shares)))
         if not count:
-            return tuple(dict.fromkeys(anchors))
+            return anchors
         own = [rank] if rank and method.head_draw == "per-rank" else []
         random = np.random.default_rng([self._seed, _HEADS, step, *own])
         if method.sample_weights is None and not method.loss_aware and not anchors and count == 1:
             return (int(random.choice(trained)),)
         drawn = random.choice(trained, count, replace=False, p=shares / shares.sum())
-        return tuple(dict.fromkeys((*anchors, *map(int, drawn))))
+        return (*anchors, *map(int, drawn))
 
     def follow(self, sums: Tensor, counts: Tensor) -> None:
         """Take in the losses of a step: per trained head count their sum and number over all processes."""

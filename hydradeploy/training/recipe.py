@@ -11,7 +11,7 @@ from hydradeploy.data.augment import Augmentation
 from hydradeploy.errors import UsageError
 from hydradeploy.spec import Geometry, Preprocessing, Record, Spec
 
-Anchors = Literal["none", "largest", "sandwich"]
+Anchors = Literal["none", "largest", "sandwich"] | tuple[int, ...]
 HeadDraw = Literal["per-rank", "shared"]
 Arithmetic = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -19,11 +19,12 @@ Arithmetic = Literal["fp32", "tf32", "bf16", "fp16"]
 class Method(Record, frozen=True, kw_only=True):
     """Which subnets a step trains, and on what; as it stands, the paper's method (HydraViT, section 3).
 
-    `draws` head counts are drawn for each step. `anchors` are trained in every step besides: the largest subnet, or
-    both ends, the sandwich rule (Yu and Huang, arXiv 1903.05134). `head_draw` says whether all processes of a run draw
-    the same head counts or each its own, as in the official code. `sample_weights` are percentages, one per trained
-    head count, that sum to 100; None draws uniformly. `loss_aware` above 0 draws head counts in proportion to their
-    running loss to that power. `loss_weights`, one per trained head count, scale each subnet's loss.
+    `draws` head counts are drawn for each step. `anchors` are trained in every step besides: the largest subnet, both
+    ends, the sandwich rule (Yu and Huang, arXiv 1903.05134), or those of these head counts. `head_draw` says whether
+    all processes of a run draw the same head counts or each its own, as in the official code. `sample_weights` are
+    percentages, one per trained head count, that sum to 100; None draws uniformly. `loss_aware` above 0 draws head
+    counts in proportion to their running loss to that power. `loss_weights`, one per trained head count, scale each
+    subnet's loss.
 
     `distil` is the share of a smaller subnet's loss that is cross-entropy against the largest one's output of the same
     step (in-place distillation, same source), `teacher_share` that of every subnet against the output of a teacher.
@@ -41,12 +42,13 @@ class Method(Record, frozen=True, kw_only=True):
     decay_unsampled: bool = True
 
     def __post_init__(self) -> None:
-        if self.draws < 0 or (self.draws == 0 and self.anchors == "none"):
+        bare = self.anchors in ("none", ())
+        if self.draws < 0 or (self.draws == 0 and bare):
             raise ValueError(f"draws must be at least 1, or 0 with anchors, got {self.draws}")
         for field in ("distil", "teacher_share"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field} must be 0 to 1, got {getattr(self, field)}")
-        if self.distil and self.anchors == "none":
+        if self.distil and bare:
             raise ValueError('distil needs the largest subnet in every step: anchors "largest" or "sandwich"')
         if not 0 <= self.loss_aware < math.inf:
             raise ValueError(f"loss_aware must be at least 0 and finite, got {self.loss_aware}")
@@ -108,8 +110,29 @@ class Recipe(Record, frozen=True, kw_only=True):
         return low + (self.learning_rate - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def check_weights(method: Method, trained_heads: tuple[int, ...]) -> None:
-    """Raise UsageError unless the weights given are one per trained head count, and the drawing's sum to 100."""
+def anchors_of(method: Method, trained_heads: tuple[int, ...]) -> tuple[int, ...]:
+    """The head counts that every step trains, the largest first."""
+    anchors = method.anchors
+    if isinstance(anchors, str):
+        anchors = {"none": (), "largest": trained_heads[-1:], "sandwich": (trained_heads[0], trained_heads[-1])}[
+            anchors
+        ]
+    return tuple(sorted(set(anchors), reverse=True))
+
+
+def check_method(method: Method, trained_heads: tuple[int, ...]) -> None:
+    """Raise UsageError unless anchors are trained head counts, with the largest among them where it teaches, and the
+    weights given are one per trained head count, the drawing's with 100 for their sum."""
+    anchors = anchors_of(method, trained_heads)
+    for heads in anchors:
+        if heads not in trained_heads:
+            there = ", ".join(map(str, trained_heads))
+            raise UsageError(f"anchor {heads} is no trained head count", hint=f"those are {there}")
+    if method.distil and trained_heads[-1] not in anchors:
+        raise UsageError(
+            f"the subnet of {trained_heads[-1]} heads cannot teach the others: not every step trains it",
+            hint=f"--anchors largest, sandwich, or head counts with {trained_heads[-1]} among them",
+        )
     for weights, option in ((method.sample_weights, "sample"), (method.loss_weights, "loss")):
         if weights is not None and len(weights) != len(trained_heads):
             raise UsageError(

@@ -27,7 +27,7 @@ from hydradeploy.training import state as states
 from hydradeploy.training.batches import Batch, Order, Share, Source, readers, source
 from hydradeploy.training.loop import Loop, arithmetic
 from hydradeploy.training.ranks import Ranks, ranks
-from hydradeploy.training.recipe import Preset, check_weights
+from hydradeploy.training.recipe import Preset, check_method
 from hydradeploy.training.running import Running
 
 Report = Callable[[str, int, int], None]
@@ -72,7 +72,7 @@ def train(
         raise UsageError(
             f"{out} exists", hint="go on with --resume, replace it with --force, or name another with --out"
         )
-    check_weights(preset.recipe.method, preset.geometry.trained_heads)
+    check_method(preset.recipe.method, preset.geometry.trained_heads)
     if (teacher is not None) != (preset.recipe.method.teacher_share > 0):
         raise UsageError("a teacher and its share of the loss need each other", hint="--teacher and --teacher-share")
     if running.tensorboard is not None:

@@ -113,3 +113,20 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path, cli: C
     again = cli("train", "--data", "digits", "--config", tmp_path / "shown.toml", "--show-config")
     assert "randaugment" in again.out
     assert not (tmp_path / "s").exists()
+
+
+def test_anchors_are_named_or_counted_in_the_file_and_on_the_command_line(tmp_path, cli: Cli):
+    (tmp_path / "c.toml").write_text("[recipe.method]\nanchors = [12, 5]\ndistil = 0.5\n")
+    for given, anchors in (((), (12, 5)), (("--anchors", "3-4,12"), (3, 4, 12)), (("--anchors", "largest"), "largest")):
+        ran = cli("train", "--data", "digits", "--config", tmp_path / "c.toml", *given, "--show-config")
+        assert ran.code == 0, ran.err
+        (tmp_path / "shown.toml").write_text(ran.out)
+        chosen, _ = config.resolved(DIGITS, "shown.toml", config.read(tmp_path / "shown.toml"))
+        assert chosen.recipe.method.anchors == anchors
+
+
+def test_an_anchor_that_is_not_trained_is_refused_before_anything_is_read(tmp_path, cli: Cli):
+    ran = cli("train", "--data", "digits", "--anchors", "2,12", "--out", tmp_path / "s.safetensors")
+    assert (ran.code, ran.out) == (2, "")
+    assert "anchor 2 is no trained head count" in ran.err
+    assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,7 @@ from hydradeploy.training.mixing import mixed, soft
 from hydradeploy.training.objective import Drawing
 from hydradeploy.training.presets import HYDRAVIT_IMAGENET, PRESETS
 from hydradeploy.training.ranks import Ranks
-from hydradeploy.training.recipe import Method, Recipe, check_weights
+from hydradeploy.training.recipe import Method, Recipe, check_method
 from hydradeploy.training.running import Running
 from tests.conftest import geometry
 
@@ -48,14 +48,19 @@ def test_percentages_are_the_frequencies_drawn():
     assert all(abs(counts[heads] - 40 * weights[heads - 3]) < 5 * 32 for heads in counts)
 
 
-@given(draws=st.integers(0, 12), anchors=st.sampled_from(["none", "largest", "sandwich"]), step=st.integers(0, 10**6))
+@given(
+    draws=st.integers(0, 12),
+    anchors=st.sampled_from(["none", "largest", "sandwich"]) | st.lists(st.sampled_from(HEADS)).map(tuple),
+    step=st.integers(0, 10**6),
+)
 def test_a_step_has_its_anchors_once_largest_first_and_so_many_others(draws, anchors, step):
-    if draws == 0 and anchors == "none":
+    if draws == 0 and anchors in ("none", ()):
         with pytest.raises(ValueError, match="draws"):
             Method(draws=draws, anchors=anchors)
         return
     heads = Drawing(Method(draws=draws, anchors=anchors), HEADS, seed=1).of(step, 0)
-    ends = {"none": (), "largest": (12,), "sandwich": (12, 3)}[anchors]
+    named = {"none": (), "largest": (12,), "sandwich": (12, 3)}
+    ends = named[anchors] if isinstance(anchors, str) else tuple(sorted(set(anchors))[::-1])
     assert heads[: len(ends)] == ends
     assert len(set(heads)) == len(heads) == min(len(HEADS), len(ends) + draws)
     assert set(heads) <= set(HEADS)
@@ -324,17 +329,20 @@ def test_processes_and_parts_share_each_batch_and_an_epoch_has_each_image_once(c
         ({"sample_weights": (50, 50)}, "2 sample weights for 10"),
         ({"sample_weights": (11,) + (10,) * 9}, "sum to 101"),
         ({"sample_weights": (-10, 20) + (10,) * 7 + (20,)}, "sample weights"),
+        ({"anchors": (6, 2)}, "anchor 2 is no trained head count"),
+        ({"anchors": (6, 3), "distil": 0.5}, "the subnet of 12 heads cannot teach"),
     ],
 )
-def test_weights_that_do_not_fit_the_head_counts_are_refused(method, text):
+def test_what_does_not_fit_the_head_counts_is_refused(method, text):
     with pytest.raises(UsageError, match=text):
-        check_weights(Method(**method), HEADS)
+        check_method(Method(**method), HEADS)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {"distil": 0.5},
+        {"distil": 0.5, "anchors": ()},
         {"distil": 1.5, "anchors": "sandwich"},
         {"loss_weights": (1.0, -1.0)},
         {"loss_aware": -1.0},
