@@ -26,6 +26,9 @@ from hydradeploy.errors import ForeignError, IntegrityError, MissingError, Usage
 from hydradeploy.units import show_cuda_version
 
 KINDS = (TENSORRT, RTX)
+# Turing: unasked, TensorRT for RTX builds for 8.0 and later.
+# https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
+_BY_NAME_ALONE = ("7.5",)
 
 Build = Callable[[BuildSpec, bytes, Progress | None], Built]
 
@@ -192,21 +195,35 @@ def plan(
     are, but of another GPU, version or weights), MissingError (none) and IntegrityError (a damaged one).
     """
     shop = shop or workshop(kind)
+    wanted, options = options, _aimed(options, shop)
     key = key_of(shop, model, options)
     places = [Cache(root) for root in roots(bundle)]
     warn: Callable[[str], None] | None = say if options.build else None
-    found = _found(places, key, shop, options, warn)
+    found = _found(places, key, shop, wanted, warn)
     if found is not None:
         return found
     if not options.build:
         raise _absent(places, key, model)
     with places[0].lock(key, say):
         # Whoever was waited for has built it; of what is damaged was told.
-        found = _found(places, key, shop, options, lambda text: None)
+        found = _found(places, key, shop, wanted, lambda text: None)
         if found is not None:
             return found
         say(f"building the engine of {model.name}")
         return _built(places[0], key, shop, model, options, progress, say)
+
+
+def _aimed(options: EngineOptions, shop: Workshop) -> EngineOptions:
+    """The options, aimed at the GPU at hand where it is one that TensorRT for RTX builds for by name alone."""
+    here = shop.capability
+    if shop.kind != RTX or options.targets or here is None or here not in _BY_NAME_ALONE:
+        return options
+    return replace(options, targets=(_target(here),))
+
+
+def _target(capability: str) -> str:
+    """The name of a GPU's compute capability among targets: sm86 of 8.6."""
+    return "sm" + capability.replace(".", "")
 
 
 def _built(
@@ -256,7 +273,7 @@ def _covering(cache: Cache, key: Key, shop: Workshop, options: EngineOptions) ->
     """Keys that differ in their targets alone, among which the GPU at hand is: those ahead of time are for it too."""
     if shop.kind != RTX or options.targets or shop.capability is None:
         return []
-    name = "sm" + shop.capability.replace(".", "")
+    name = _target(shop.capability)
     others = (record.key for record in cache.records().values())
     return [
         other

@@ -193,6 +193,18 @@ def test_engines_ahead_of_time_are_found_by_the_gpus_they_are_for(tmp_path):
     assert plan(RTX, wanted(weights="3"), tmp_path / "bundle", FIND, shop=shop(builder, RTX, "12.0")) == b"plan 2"
 
 
+def test_turing_which_rtx_builds_for_by_name_alone_is_aimed_at(tmp_path):
+    builder = Builder()
+    turing, ada = shop(builder, RTX, "7.5"), shop(builder, RTX, "8.9")
+    assert plan(RTX, wanted(), tmp_path / "bundle", shop=turing) == b"plan 1"
+    assert plan(RTX, wanted(), tmp_path / "bundle", FIND, shop=turing) == b"plan 1"
+    assert plan(RTX, wanted(), tmp_path / "bundle", shop=ada) == b"plan 2", "the one for Turing is not for it"
+    assert [spec.targets for spec in builder.specs] == [("sm75",), ()]
+    ahead = EngineOptions(targets=("sm75", "sm89"))
+    plan(RTX, wanted(weights="3"), tmp_path / "bundle", ahead, shop=shop(builder, RTX))
+    assert plan(RTX, wanted(weights="3"), tmp_path / "bundle", FIND, shop=turing) == b"plan 3"
+
+
 PROCESS = """
 import os, sys
 from pathlib import Path
