@@ -30,7 +30,7 @@ setup: .venv/ready $(if $(DEVICE_PYTHON),.venv-device/ready)
 # shares: of both the one installed last is there.
 .venv-gpu/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/pip install -q -e ".[train]" hypothesis pytest pytest-xdist
+	.venv-gpu/bin/pip install -q -e ".[train]" hypothesis pytest
 	.venv-gpu/bin/pip uninstall -q -y onnxruntime
 	.venv-gpu/bin/pip install -q -e ".[cuda]"
 	touch $@

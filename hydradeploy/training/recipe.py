@@ -112,12 +112,12 @@ class Recipe(Record, frozen=True, kw_only=True):
 
 def anchors_of(method: Method, trained_heads: tuple[int, ...]) -> tuple[int, ...]:
     """The head counts that every step trains, the largest first."""
-    anchors = method.anchors
-    if isinstance(anchors, str):
-        anchors = {"none": (), "largest": trained_heads[-1:], "sandwich": (trained_heads[0], trained_heads[-1])}[
-            anchors
-        ]
-    return tuple(sorted(set(anchors), reverse=True))
+    if isinstance(method.anchors, tuple):
+        heads = method.anchors
+    else:
+        ends = (trained_heads[0], trained_heads[-1])
+        heads = {"none": (), "largest": ends[1:], "sandwich": ends}[method.anchors]
+    return tuple(sorted(set(heads), reverse=True))
 
 
 def check_method(method: Method, trained_heads: tuple[int, ...]) -> None:
