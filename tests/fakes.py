@@ -49,7 +49,8 @@ class Fake:
 
 def install(monkeypatch: pytest.MonkeyPatch, *backends: Fake, alone: bool = False) -> None:
     """Let these be found by name, `alone` or beside onnxruntime, which comes first."""
-    for name in list(BACKEND_MODULES):
+    # What was deleted last is put back first, and so all of them in their order, which decides whom a user gets.
+    for name in reversed(list(BACKEND_MODULES)):
         if alone or name != "onnxruntime":
             monkeypatch.delitem(BACKEND_MODULES, name)
     for one in backends:

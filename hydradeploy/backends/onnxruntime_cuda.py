@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import re
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import cache
@@ -39,6 +39,7 @@ from hydradeploy.bundle import Dialect
 from hydradeploy.engines import cudart
 from hydradeploy.engines.cudart import Cuda
 from hydradeploy.engines.execution import DeviceTensor
+from hydradeploy.engines.lanes import SIZES, Lanes
 from hydradeploy.errors import EnvironmentFailed, HydraError, MissingError
 from hydradeploy.units import show_cuda_version
 
@@ -50,8 +51,6 @@ _CONVOLUTION = {"exhaustive": "EXHAUSTIVE", "heuristic": "HEURISTIC", "default":
 _SHAPES = ("batch", "embed.class.shape")
 # Products in tf32 came with Ampere.
 _TF32_SINCE = (8, 0)
-# Batch sizes of a dynamic graph whose memory is kept, and of which CUDA graphs are captured: they are never given back.
-_SIZES = 4
 # Calls whose time on the GPU is remembered.
 _TIMES = 101
 _NOT_CAPTURED = "-1"
@@ -69,7 +68,7 @@ class _Session:
         self._model, self._cuda = model, cudart.load()
         self._graphs = chosen.settings["graph"] == "on"
         self._captured = 0
-        self._lanes: OrderedDict[int, _Lane] = OrderedDict()
+        self._lanes = Lanes(self._new_lane)
         self._times: deque[float] = deque(maxlen=_TIMES)
         self._session: Any = None
         read_ahead(model)
@@ -79,7 +78,7 @@ class _Session:
             undo.callback(self._forget)
             self._session = _opened(model, chosen, self._stream.address)
             if model.batch != "dynamic":
-                self._lane(model.batch)
+                self._lanes.of(model.batch)
             self._facts = {
                 "onnxruntime": version(),
                 "provider": _PROVIDER,
@@ -101,8 +100,7 @@ class _Session:
 
     def _forget(self) -> None:
         """What is bound to the session, then the session, before the stream that it computes on."""
-        while self._lanes:
-            self._lanes.popitem()[1].close()
+        self._lanes.close()
         self._session = None
 
     def run(self, images: Images) -> NDArray[np.float32]:
@@ -113,7 +111,7 @@ class _Session:
             return self._run(images)
 
     def _run(self, images: Images) -> NDArray[np.float32]:
-        lane, cuda, stream = self._lane(len(images)), self._cuda, self._stream
+        lane, cuda, stream = self._lanes.of(len(images)), self._cuda, self._stream
         lane.images.fill(images)
         lane.images.copy_in(cuda, stream)
         cuda.record(self._start, stream)
@@ -124,21 +122,13 @@ class _Session:
         self._times.append(cuda.elapsed_s(self._start, self._end))
         return lane.logits.array.copy()
 
-    def _lane(self, batch: int) -> _Lane:
-        lane = self._lanes.get(batch)
-        if lane is None:
-            while len(self._lanes) >= _SIZES:
-                self._lanes.popitem(last=False)[1].close()
-            lane = self._lanes[batch] = self._new_lane(batch)
-        self._lanes.move_to_end(batch)
-        return lane
-
     def _new_lane(self, batch: int) -> _Lane:
         """Ready: kernels chosen, memory taken, and captured, all of which the first run does."""
         number = None
         if self._graphs:
             self._captured += 1
-            number = str(self._captured) if self._captured <= _SIZES else _NOT_CAPTURED
+            # Graphs that are captured are never given back, so that there must not be one for every size.
+            number = str(self._captured) if self._captured <= SIZES else _NOT_CAPTURED
         lane = _Lane(self._cuda, self._session, self._model, batch, number)
         try:
             # With the options that let it wait for the GPU: what goes wrong is told here.

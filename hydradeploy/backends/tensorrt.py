@@ -17,7 +17,7 @@ from hydradeploy.backends import Images, Model, Options, check_input, check_opti
 from hydradeploy.bundle import Dialect
 from hydradeploy.engines import cudart, loading, module, plans
 from hydradeploy.engines.execution import Execution
-from hydradeploy.engines.module import RTX, TENSORRT
+from hydradeploy.engines.module import RTX, RTX_CAPABILITIES, TENSORRT
 from hydradeploy.errors import EnvironmentFailed, HydraError, MissingError
 from hydradeploy.units import show_cuda_version
 
@@ -25,8 +25,6 @@ from hydradeploy.units import show_cuda_version
 _TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "INT8"}
 # The oldest compute capability that has the type's products.
 _OLDEST = {"bf16": (8, 0)}
-# What TensorRT for RTX 1.7 has kernels for: the members of its ComputeCapability. Neither Orin nor Thor, H100 or H200.
-_RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 
 class _Session:
@@ -109,9 +107,9 @@ class TensorRT:
             gpu = cudart.load().gpu()
         except HydraError as error:
             return error.message
-        if gpu.capability in _RTX_CAPABILITIES:
+        if gpu.capability in RTX_CAPABILITIES:
             return None
-        has = ", ".join(_RTX_CAPABILITIES)
+        has = ", ".join(RTX_CAPABILITIES)
         return f"TensorRT for RTX does not run on {gpu.name} of compute capability {gpu.capability}, only on {has}"
 
     def compute_types(self, precision: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class BuildSpec:
 
     `shapes` are the smallest, the preferred and the largest shape of each input that is dynamic. `workspace_bytes` is
     the most scratch memory a kernel may take; TensorRT's own limit is all there is. `optimisation_level` is 0 to 5,
-    TensorRT's default None. `targets` are GPUs to build for ahead of time, `sm86` or `8.6`; none: the module's choice.
+    TensorRT's default None. `targets` are GPUs to build for ahead of time, for example sm86; none: the module's choice.
 
     Plans without weights would be a field here, in `flags` too, with STRIP_PLAN and REFIT_IDENTICAL set in
     `_configured`; a session refits them when it opens.
@@ -59,7 +59,7 @@ def flags(spec: BuildSpec) -> Mapping[str, str]:
         "shapes": ",".join(f"{name}:{three}" for name, three in sorted(shapes.items())),
         "workspace_bytes": str(spec.workspace_bytes),
         "optimisation_level": "default" if level is None else str(level),
-        "targets": ",".join(sorted(_target(name) for name in spec.targets)),
+        "targets": ",".join(sorted(spec.targets)),
     }
 
 
@@ -206,16 +206,11 @@ def _types(network: Any) -> Iterator[Any]:
         yield from (tensor.dtype for tensor in outputs if tensor is not None)
 
 
-def _target(name: str) -> str:
-    """As TensorRT calls it: SM86 of sm86 and of 8.6."""
-    return "SM" + name.upper().removeprefix("SM").replace(".", "")
-
-
 def _aim(trt: Any, config: Any, targets: tuple[str, ...]) -> None:
     members = trt.ComputeCapability.__members__
     config.num_compute_capabilities = len(targets)
     for at, name in enumerate(targets):
-        member = members.get(_target(name))
+        member = members.get(name.upper())
         if member is None or not config.set_compute_capability(member, at):
             has = ", ".join(known.lower() for known in members if known.startswith("SM"))
             raise MissingError(f"TensorRT for RTX does not build for {name}, only for {has}")

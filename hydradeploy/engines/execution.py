@@ -8,7 +8,7 @@ whichever runs.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from contextlib import ExitStack
 from functools import cache
 from math import prod
@@ -19,13 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydradeploy.engines.cudart import Cuda, Handle, HostMemory, Memory
+from hydradeploy.engines.lanes import Lanes
 from hydradeploy.engines.logger import errors
 from hydradeploy.errors import HydraError, InputError, MissingError
 
 _INPUT, _OUTPUT = "image", "logits"
 _TYPES = {"FLOAT": "float32", "UINT8": "uint8"}
-# Batch sizes of a dynamic engine whose contexts and graphs are kept.
-_SIZES = 4
 # Calls whose time on the GPU is remembered.
 _TIMES = 101
 
@@ -107,7 +106,7 @@ class Execution:
         self.batches = self._batches(batch)
         self.context_bytes = context_bytes(self._engine)
         self.graph_failed = ""
-        self._lanes: OrderedDict[int, _Lane] = OrderedDict()
+        self._lanes = Lanes(self._new_lane)
         self._times: deque[float] = deque(maxlen=_TIMES)
         self._scratch = scratch(cuda)
         with ExitStack() as undo:
@@ -116,7 +115,7 @@ class Execution:
             self._mapped = cuda.gpu().integrated
             self._stream = undo.enter_context(cuda.stream())
             self._start, self._end = undo.enter_context(cuda.event()), undo.enter_context(cuda.event())
-            undo.callback(self._close_lanes)
+            undo.callback(self._lanes.close)
             if batch is not None:
                 with self._scratch.lock:
                     self._lane(batch)
@@ -177,12 +176,7 @@ class Execution:
 
     def _lane(self, batch: int) -> _Lane:
         """The one for a batch size, ready: in the scratch memory where it is now, captured."""
-        lane = self._lanes.get(batch)
-        if lane is None:
-            while len(self._lanes) >= _SIZES:
-                self._lanes.popitem(last=False)[1].close()
-            lane = self._lanes[batch] = self._new_lane(batch)
-        self._lanes.move_to_end(batch)
+        lane = self._lanes.of(batch)
         address = self._scratch.address()
         if lane.scratch != address:
             self._place(lane, address)
@@ -230,10 +224,6 @@ class Execution:
             except HydraError as error:
                 self.graph_failed = error.message
         lane.scratch = address
-
-    def _close_lanes(self) -> None:
-        while self._lanes:
-            self._lanes.popitem()[1].close()
 
     def _batches(self, batch: int | None) -> tuple[int, int]:
         """The fewest and the most images at once, of an engine that is of this model."""

@@ -9,6 +9,11 @@ from typing import Any
 from hydradeploy.errors import MissingError
 
 TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
+# Compute capabilities that TensorRT for RTX 1.7 has kernels for: the members of its ComputeCapability. Neither Orin nor
+# Thor, H100 or H200. Of these it builds unasked for 8.0 and later.
+# https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+RTX_BY_NAME_ALONE = ("7.5",)
 
 _PACKAGES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}
 _HINTS = {

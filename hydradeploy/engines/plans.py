@@ -20,15 +20,12 @@ from hydradeploy.bundle import Batch
 from hydradeploy.engines import builder, cudart, module
 from hydradeploy.engines.builder import BuildSpec, Built
 from hydradeploy.engines.cache import Cache, EngineRecord, Key, roots
-from hydradeploy.engines.module import RTX, TENSORRT
+from hydradeploy.engines.module import RTX, RTX_BY_NAME_ALONE, TENSORRT
 from hydradeploy.engines.progress import Progress
 from hydradeploy.errors import ForeignError, IntegrityError, MissingError, UsageError
 from hydradeploy.units import show_cuda_version
 
 KINDS = (TENSORRT, RTX)
-# Turing: unasked, TensorRT for RTX builds for 8.0 and later.
-# https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
-_BY_NAME_ALONE = ("7.5",)
 
 Build = Callable[[BuildSpec, bytes, Progress | None], Built]
 
@@ -86,7 +83,6 @@ class Workshop:
     kind: str
     here: Mapping[str, str | int]
     build: Build
-    flags: Callable[[BuildSpec], Mapping[str, str]]
     capability: str | None = None
 
 
@@ -145,7 +141,7 @@ def workshop(kind: str) -> Workshop:
     def build(spec: BuildSpec, timings: bytes, progress: Progress | None) -> Built:
         return builder.build(trt, spec, timing_cache=timings, progress=progress)
 
-    return Workshop(kind, here, build, builder.flags, None if gpu is None else gpu.capability)
+    return Workshop(kind, here, build, None if gpu is None else gpu.capability)
 
 
 def spec_of(model: Subject, options: EngineOptions) -> BuildSpec:
@@ -169,10 +165,7 @@ def key_of(shop: Workshop, model: Subject, options: EngineOptions) -> Key:
     """The key of a model's plan on this machine."""
     if model.sha256 is None or model.graph_sha256 is None:
         raise MissingError(f"{model.name} is no artifact of a bundle; only their engines are kept")
-    # Targets by the names they are given here, so that a device finds itself among them.
-    flags = dict(shop.flags(replace(spec_of(model, options), targets=())))
-    if shop.kind == RTX:
-        flags["targets"] = ",".join(sorted(options.targets))
+    flags = builder.flags(spec_of(model, options))
     what = {"kind": shop.kind, "graph_sha256": model.graph_sha256, "sha256": model.sha256, "flags": flags}
     return msgspec.convert(what | dict(shop.here), Key)
 
@@ -216,7 +209,7 @@ def plan(
 def _aimed(options: EngineOptions, shop: Workshop) -> EngineOptions:
     """The options, aimed at the GPU at hand where it is one that TensorRT for RTX builds for by name alone."""
     here = shop.capability
-    if shop.kind != RTX or options.targets or here is None or here not in _BY_NAME_ALONE:
+    if shop.kind != RTX or options.targets or here is None or here not in RTX_BY_NAME_ALONE:
         return options
     return replace(options, targets=(_target(here),))
 

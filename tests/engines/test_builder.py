@@ -156,12 +156,12 @@ def test_tensorrt_for_rtx_times_nothing():
 
 def test_tensorrt_for_rtx_builds_for_targets():
     trt = FakeModule(RTX)
-    build(trt, BuildSpec(GRAPH, targets=("sm86", "8.9", "SM120")))
+    build(trt, BuildSpec(GRAPH, targets=("sm86", "sm89", "sm120")))
     assert trt.seen.targets == ["SM86", "SM89", "SM120"]
     assert trt.config.num_compute_capabilities == 3
 
 
-@pytest.mark.parametrize("target", ["sm87", "9.0", "nonsense"])
+@pytest.mark.parametrize("target", ["sm87", "9.0", "8.6", "nonsense"])
 def test_a_target_it_does_not_have_is_refused_with_those_it_has(target):
     told = message(FakeModule(RTX), BuildSpec(GRAPH, targets=("sm86", target)))
     assert f"not build for {target}, only for" in told
@@ -300,7 +300,7 @@ def test_flags_are_what_decides_the_plan():
     told = [tuple(flags(spec).items()) for spec in (SPEC, *other)]
     assert len(set(told)) == len(told)
     assert flags(SPEC) == flags(BuildSpec(Path("another.onnx")))
-    assert flags(BuildSpec(GRAPH, targets=("sm86", "sm89"))) == flags(BuildSpec(GRAPH, targets=("8.9", "8.6")))
+    assert flags(BuildSpec(GRAPH, targets=("sm86", "sm89"))) == flags(BuildSpec(GRAPH, targets=("sm89", "sm86")))
 
 
 @pytest.mark.parametrize("kind", sorted({kind for version in VERSIONS for kind in surface(version)}))

@@ -66,12 +66,8 @@ class Builder:
         return SimpleNamespace(plan=b"plan %d" % len(self.specs), timing_cache=timings + b"+", warnings=("slow",))
 
 
-def flags(spec) -> dict[str, str]:
-    return {"workspace_bytes": str(spec.workspace_bytes), "shapes": str(dict(spec.shapes))}
-
-
 def shop(builder, kind: str = TENSORRT, capability: str | None = None, **here: str | int) -> Workshop:
-    return Workshop(kind, dict(ORIN) | here if kind == TENSORRT else {"version": "1.7.1"}, builder, flags, capability)
+    return Workshop(kind, dict(ORIN) | here if kind == TENSORRT else {"version": "1.7.1"}, builder, capability)
 
 
 @pytest.fixture(autouse=True)
@@ -336,7 +332,7 @@ def test_export_builds_engines_ahead_of_time(rtx, cli, supernet_file, tmp_path):
     artifact = open_bundle(bundle).artifact("h06-fp32")
     subject = wanted("h06-fp32", sha256=artifact.sha256, graph_sha256=artifact.graph_sha256)
     real = plans.workshop(RTX)
-    here = Workshop(RTX, real.here, real.build, real.flags, "8.6")
+    here = Workshop(RTX, real.here, real.build, "8.6")
     assert len(plan(RTX, subject, bundle, FIND, shop=here)) == built["h06-fp32"]["plan"]["size_bytes"]
 
 
