@@ -178,7 +178,7 @@ class _Export:
             artifacts=tuple(artifacts),
             weights=self._tables,
             files=self._files,
-            tools=_tools(),
+            tools=_tools(self._runner),
         )
         sized = tuple(
             msgspec.structs.replace(artifact, size_bytes=packed_bytes(manifest, artifact, golden))
@@ -388,6 +388,8 @@ def _own_files(bundle: Path) -> set[str]:
     return written | {MANIFEST, GOLDEN, STAMP}
 
 
-def _tools() -> dict[str, str]:
-    names = ("hydradeploy", "numpy", "onnx", "onnxruntime", "torch")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+def _tools(runner: Backend) -> dict[str, str]:
+    names = ("hydradeploy", "numpy", "onnx", "torch")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    # The module's: ONNX Runtime's distribution for GPUs has another name.
+    return {"python": platform.python_version(), **versions, **runner.software()}

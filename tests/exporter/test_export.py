@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import json
 import os
 import resource
@@ -100,6 +101,23 @@ def test_artifacts_for_both_inputs_share_a_weights_file_but_for_their_embeddings
     for precision in ("fp32", "int8"):
         floats, pixels = (everything.golden().logits[f"h04-{precision}{suffix}"] for suffix in ("", "-uint8"))
         np.testing.assert_allclose(pixels, floats, atol=(1e-5 if precision == "fp32" else 3e-2) * np.abs(floats).max())
+
+
+def test_onnx_runtime_for_gpus_is_recorded_although_its_distribution_has_another_name(
+    supernet_file, tmp_path, monkeypatch
+):
+    import onnxruntime
+
+    real = importlib.metadata.version
+
+    def version(distribution: str) -> str:
+        if distribution == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(distribution)
+        return real(distribution)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    manifest = export(supernet_file, tmp_path / "bundle", heads=(2,)).manifest
+    assert manifest.tools["onnxruntime"] == onnxruntime.__version__
 
 
 def test_the_same_supernet_gives_the_same_bytes(supernet_file, tmp_path):
