@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import sys
 import time
 import types
@@ -15,7 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hydradeploy.backends import BACKEND_MODULES, EXTRAS
+from hydradeploy.backends import BACKEND_MODULES, REMEDIES
 from hydradeploy.devices import DEVICE_MODULES
 from hydradeploy.devices.cuda import Cuda
 from hydradeploy.devices.jetson import Jetson
@@ -193,7 +194,7 @@ SICK = {
 
 
 def test_everything_is_found_on_a_machine_where_all_is_wrong(look, backends, tmp_path, monkeypatch):
-    backends(toy=Runtime("the package toy is not installed"), other=None)
+    backends(onnxruntime=Runtime("the package onnxruntime is not installed"), torch=None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     (tmp_path / "profiles").mkdir()
@@ -210,8 +211,8 @@ def test_everything_is_found_on_a_machine_where_all_is_wrong(look, backends, tmp
     found = look(here, SICK, free=50 * 10**6)
     bad = {(row.area, row.name): row for row in found.rows if row.status != "ok"}
     assert {key: row.status for key, row in bad.items()} == {
-        ("backends", "toy"): "wrong",
-        ("backends", "other"): "wrong",
+        ("backends", "onnxruntime"): "wrong",
+        ("backends", "torch"): "wrong",
         ("sensors", "energy"): "remark",
         ("rights", "root"): "remark",
         ("clocks", "clocks"): "remark",
@@ -295,15 +296,17 @@ def test_nothing_is_to_be_installed_for_a_gpu_that_is_not_there(look, backends, 
     fixes = {name: row(found, "backends", name).fix for name in on_gpu}
     assert fixes == {
         "onnxruntime-cuda": "pip install 'hydradeploy[cuda]'" if helps else None,
-        "torch-cuda": "a build of torch for this GPU: https://pytorch.org/get-started/locally" if helps else None,
+        "torch-cuda": "a build of torch for the GPU: https://pytorch.org/get-started/locally" if helps else None,
     }
 
 
-def test_every_backend_has_an_extra_to_install():
+def test_every_backend_has_a_remedy_and_every_extra_in_one_exists():
     from importlib.metadata import metadata
 
-    extras = metadata("hydradeploy").get_all("Provides-Extra") or []
-    assert [name for name in BACKEND_MODULES if EXTRAS[name] not in extras] == []
+    named = re.findall(r"hydradeploy\[([\w-]+)\]", " ".join(REMEDIES.values()))
+    assert len(named) >= 5
+    assert set(named) <= set(metadata("hydradeploy").get_all("Provides-Extra") or [])
+    assert list(REMEDIES) == list(BACKEND_MODULES)
 
 
 def test_a_device_that_is_not_here_is_wrong_and_the_rest_is_about_what_is(tmp_path, monkeypatch):

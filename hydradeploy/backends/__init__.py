@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hydradeploy.bundle import Artifact, Batch, Bundle, Dialect, Extent, StoredTensor
 from hydradeploy.data.preprocess import normalise
+from hydradeploy.engines.module import HINTS, RTX, TENSORRT
 from hydradeploy.errors import InputError, MissingError, UsageError
 from hydradeploy.files import inside
 from hydradeploy.spec import Geometry, Preprocessing, Subnet
@@ -35,15 +36,16 @@ BACKEND_MODULES = {
     "tensorrt-rtx": "hydradeploy.backends.tensorrt_rtx",
     "onnxruntime-cuda": "hydradeploy.backends.onnxruntime_cuda",
 }
-# The extra that brings each.
-EXTRAS = {
-    "onnxruntime": "ort",
-    "openvino": "openvino",
-    "torch": "export",
-    "torch-cuda": "export",
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt-rtx",
-    "onnxruntime-cuda": "cuda",
+# What brings each.
+REMEDIES = {
+    "onnxruntime": "pip install 'hydradeploy[ort]'",
+    "openvino": "pip install 'hydradeploy[openvino]'",
+    "torch": "pip install 'hydradeploy[export]'",
+    # The extra has torch too, but which build of it pip takes is not ours to say.
+    "torch-cuda": "a build of torch for the GPU: https://pytorch.org/get-started/locally",
+    "tensorrt": HINTS[TENSORRT],
+    "tensorrt-rtx": HINTS[RTX],
+    "onnxruntime-cuda": "pip install 'hydradeploy[cuda]'",
 }
 
 
@@ -174,8 +176,10 @@ def backend(name: str | None = None) -> Backend:
         if reason is None:
             return found
         reasons.append(f"{candidate}: {reason}")
-    extra = EXTRAS[name or next(iter(BACKEND_MODULES))]
-    raise MissingError(f"no usable backend ({'; '.join(reasons)})", hint=f"pip install 'hydradeploy[{extra}]'")
+    remedy = REMEDIES[name or next(iter(BACKEND_MODULES))]
+    # Nothing that is installed helps where there is no GPU.
+    where = "on a machine with an NVIDIA GPU: " if name is not None and found.processor == "cuda" else ""
+    raise MissingError(f"no usable backend ({'; '.join(reasons)})", hint=where + remedy)
 
 
 def usable() -> tuple[Backend, ...]:

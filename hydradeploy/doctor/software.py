@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
 
-from hydradeploy.backends import EXTRAS
+from hydradeploy.backends import REMEDIES
 from hydradeploy.devices import DEVICE_MODULES
 from hydradeploy.doctor.patient import Absent, Patient, Row, Status, said
 from hydradeploy.units import show_bytes
-
-# The extra has torch too, but which build of it pip takes is not ours to say.
-_FIXES = {"torch-cuda": "a build of torch for this GPU: https://pytorch.org/get-started/locally"}
 
 
 def package(patient: Patient) -> Iterator[Row]:
@@ -26,8 +23,7 @@ def backends(patient: Patient) -> Iterator[Row]:
     for name, found in patient.backends.items():
         if isinstance(found, Absent):
             helps = found.processor != "cuda" or patient.has_nvidia
-            fix = _FIXES.get(name) or f"pip install 'hydradeploy[{EXTRAS.get(name, name)}]'"
-            yield Row("backends", name, absent, found.why, fix if helps else None)
+            yield Row("backends", name, absent, found.why, REMEDIES.get(name) if helps else None)
         else:
             versions = ", ".join(f"{what} {number}" for what, number in found.software().items())
             yield Row("backends", name, "ok", f"{versions}, on {found.processor}")

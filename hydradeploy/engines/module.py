@@ -16,8 +16,9 @@ RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 RTX_BY_NAME_ALONE = ("7.5",)
 
 _PACKAGES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}
-_HINTS = {
-    TENSORRT: "it comes with JetPack (a venv sees it with --system-site-packages) or from NVIDIA's package index",
+# What brings them.
+HINTS = {
+    TENSORRT: "JetPack has it, for a venv with --system-site-packages; elsewhere: pip install 'hydradeploy[tensorrt]'",
     RTX: "pip install 'hydradeploy[tensorrt-rtx]'",
 }
 
@@ -32,12 +33,12 @@ def module(kind: str) -> Any:
     """The package of that kind, imported; raises MissingError where it, or a library it needs, is not here."""
     reason = why_not(kind)
     if reason is not None:
-        raise MissingError(reason, hint=_HINTS[kind])
+        raise MissingError(reason, hint=HINTS[kind])
     package = _PACKAGES[kind]
     try:
         return import_module(package)
     except (ImportError, OSError) as error:  # the package can be here without its libraries
-        raise MissingError(f"the package {package} cannot be imported: {error}", hint=_HINTS[kind]) from error
+        raise MissingError(f"the package {package} cannot be imported: {error}", hint=HINTS[kind]) from error
 
 
 def version(kind: str) -> str:

@@ -421,7 +421,7 @@ def test_it_is_usable_where_gpu_provider_and_libraries_are(runtime, cuda, name, 
     assert reason() == "the package onnxruntime is not installed"
     with pytest.raises(MissingError, match="onnxruntime-cuda: the package onnxruntime is not installed") as refused:
         backend(name)
-    assert refused.value.hint == "pip install 'hydradeploy[cuda]'"
+    assert refused.value.hint == "on a machine with an NVIDIA GPU: pip install 'hydradeploy[cuda]'"
 
 
 def test_doctor_says_in_one_line_why_it_is_not_usable(runtime, name):
