@@ -18,13 +18,14 @@ from hydradeploy.bundle import Dialect
 from hydradeploy.engines import cudart, loading, module, plans
 from hydradeploy.engines.execution import Execution
 from hydradeploy.engines.module import RTX, RTX_CAPABILITIES, TENSORRT
+from hydradeploy.engines.plans import EngineOptions
 from hydradeploy.errors import EnvironmentFailed, HydraError, MissingError
 from hydradeploy.units import show_cuda_version
 
 # What each precision is to TensorRT. A version without the type has no kernels for it.
 _TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "INT8"}
 # The oldest compute capability that has the type's products.
-_OLDEST = {"bf16": (8, 0)}
+_OLDEST = {"bf16": (8, 0), "tf32": (8, 0)}
 
 
 class _Session:
@@ -43,7 +44,8 @@ class _Session:
         }
         read_ahead(model)
         try:
-            plan = plans.plan(runner.name, model, model.graph.parent)
+            wanted = EngineOptions(tf32=plans.in_tf32(str(chosen.compute_type)))
+            plan = plans.plan(runner.name, model, model.graph.parent, wanted)
             loaded = loading.load(trt, plan)
             self._execution: Execution | None = Execution(
                 trt,
@@ -117,7 +119,8 @@ class TensorRT:
         if kind is None or not hasattr(module.module(self.name).DataType, kind):
             return ()
         major, minor = cudart.load().gpu().capability.split(".")
-        return (precision,) if (int(major), int(minor)) >= _OLDEST.get(precision, (0, 0)) else ()
+        types = ("fp32", "tf32") if precision == "fp32" else (precision,)
+        return tuple(name for name in types if (int(major), int(minor)) >= _OLDEST.get(name, (0, 0)))
 
     def software(self) -> Mapping[str, str]:
         found = {self.name: _version(self.name)}

@@ -30,6 +30,7 @@ class BuildSpec:
     `shapes` are the smallest, the preferred and the largest shape of each input that is dynamic. `workspace_bytes` is
     the most scratch memory a kernel may take; TensorRT's own limit is all there is. `optimisation_level` is 0 to 5,
     TensorRT's default None. `targets` are GPUs to build for ahead of time, for example sm86; none: the module's choice.
+    `tf32` lets products of fp32 be computed in tf32.
 
     Plans without weights would be a field here, in `flags` too, with STRIP_PLAN and REFIT_IDENTICAL set in
     `_configured`; a session refits them when it opens.
@@ -40,6 +41,7 @@ class BuildSpec:
     workspace_bytes: int = 1 << 30
     optimisation_level: int | None = None
     targets: tuple[str, ...] = ()
+    tf32: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def flags(spec: BuildSpec) -> Mapping[str, str]:
         "workspace_bytes": str(spec.workspace_bytes),
         "optimisation_level": "default" if level is None else str(level),
         "targets": ",".join(sorted(spec.targets)),
+        "tf32": "on" if spec.tf32 else "off",
     }
 
 
@@ -175,6 +178,9 @@ def _configured(
         config.builder_optimization_level = spec.optimisation_level
         if config.builder_optimization_level != spec.optimisation_level:
             raise MissingError(f"TensorRT refuses optimisation level {spec.optimisation_level}: {errors(log)}")
+    if not spec.tf32:
+        # On by default, where fp32 would not be fp32.
+        config.clear_flag(trt.BuilderFlag.TF32)
     permitted = _permitted(trt, can, network)
     for name in permitted:
         config.set_flag(getattr(trt.BuilderFlag, name))

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -31,14 +31,15 @@ from hydradeploy.stored import image_shape
 Report = Callable[[str, int, int], None]
 
 _TICK_S = 1.0
-# Among artifacts of as many heads the narrowest first: it is the one that meets a deadline.
-_NARROW = ("int8", "fp16", "bf16", "fp32")
+# Among engines of as many heads the narrowest first: it is the one that meets a deadline.
+_NARROW = ("int8", "fp16", "bf16", "tf32", "fp32")
 
 
 class Wanted(Record, frozen=True, kw_only=True):
     """An artifact to build an engine of, whose graph is in `file`; a `plans.Subject`."""
 
     name: str
+    compute_type: str
     file: str
     batch: Batch
     image_shape: tuple[int, int, int]
@@ -48,6 +49,10 @@ class Wanted(Record, frozen=True, kw_only=True):
     @property
     def graph(self) -> Path:
         return Path(self.file)
+
+    @property
+    def label(self) -> str:
+        return label(self.name, self.compute_type)
 
 
 class _Order(Record, frozen=True, kw_only=True):
@@ -74,39 +79,45 @@ class _Word(Record, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Engines:
-    """Which artifacts have an engine now, which could not be built and why, and which have no graph for it."""
+    """By `label`, what has an engine now and why others have none; and the artifacts that have no graph for it."""
 
     ready: tuple[str, ...]
     failed: dict[str, str]
     left_out: tuple[str, ...]
 
 
-def in_order(artifacts: Iterable[Artifact]) -> list[Artifact]:
-    """Most likely picks first: the most heads, as `pick` prefers accuracy; among them the narrowest precision."""
+def label(name: str, compute_type: str) -> str:
+    """What to call an artifact's engine: tf32 is the only type that is not the artifact's own."""
+    return f"{name} in tf32" if compute_type == "tf32" else name
 
-    def place(artifact: Artifact) -> tuple[int, int]:
-        narrow = _NARROW.index(artifact.precision) if artifact.precision in _NARROW else len(_NARROW)
-        return -artifact.heads, narrow
 
-    return sorted(artifacts, key=place)
+def in_order(wanted: Iterable[tuple[Artifact, str]]) -> list[tuple[Artifact, str]]:
+    """Most likely picks first: the most heads, as `pick` prefers accuracy; among them the narrowest type."""
+
+    def place(one: tuple[Artifact, str]) -> tuple[int, int]:
+        artifact, kind = one
+        return -artifact.heads, _NARROW.index(kind) if kind in _NARROW else len(_NARROW)
+
+    return sorted(wanted, key=place)
 
 
 def build_missing(
     kind: str,
     bundle: Bundle,
-    artifacts: Sequence[Artifact],
+    wanted: Sequence[tuple[Artifact, str]],
     options: EngineOptions = DEFAULTS,
     *,
     report: Report = lambda what, done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Engines:
-    """See to it that each artifact has an engine of that kind for this machine, the most likely picks first.
+    """See to it that each artifact has an engine of that kind for this machine in the compute type beside it, the most
+    likely picks first.
 
     Where a graph cannot be built, the others go on. Raises what `plans.plan` does of everything else; engines that are
     ready by then stay.
     """
-    waiting = [_wanted(bundle, artifact) for artifact in in_order(artifacts) if "trt" in artifact.graphs]
-    left_out = tuple(artifact.name for artifact in artifacts if "trt" not in artifact.graphs)
+    waiting = [_wanted(bundle, *one) for one in in_order(wanted) if "trt" in one[0].graphs]
+    left_out = tuple(artifact.name for artifact, _ in wanted if "trt" not in artifact.graphs)
     failed: dict[str, str] = {}
     ready: list[str] = []
     total = len(waiting)
@@ -117,9 +128,10 @@ def build_missing(
     return Engines(tuple(ready), failed, left_out)
 
 
-def _wanted(bundle: Bundle, artifact: Artifact) -> Wanted:
+def _wanted(bundle: Bundle, artifact: Artifact, compute_type: str) -> Wanted:
     return Wanted(
         name=artifact.name,
+        compute_type=compute_type,
         file=str(bundle.graph(artifact, "trt").resolve()),
         batch=artifact.batch,
         image_shape=image_shape(bundle.spec.geometry, artifact.input),
@@ -145,7 +157,7 @@ def _one_process(
         )
         try:
             for word in _words(process, msgspec.json.encode(order)):
-                name = order.wanted[dealt].name if dealt < len(order.wanted) else ""
+                name = order.wanted[dealt].label if dealt < len(order.wanted) else ""
                 what = f"engine {name} ({before + dealt + 1} of {total})"
                 if word is None:
                     if name:
@@ -176,7 +188,7 @@ def _one_process(
                 if pipe is not None:
                     pipe.close()
         if dealt < len(order.wanted):
-            failed[order.wanted[dealt].name] = f"its builder {_ended(code)}: {_last_words(errors)}"
+            failed[order.wanted[dealt].label] = f"its builder {_ended(code)}: {_last_words(errors)}"
             dealt += 1
     return dealt
 
@@ -246,8 +258,9 @@ def _work(order: _Order, tell: Callable[[_Word], None]) -> None:
         def say(text: str, at: int = at) -> None:
             tell(_Word(at=at, said=text))
 
+        options = replace(order.options, tf32=plans.in_tf32(wanted.compute_type))
         try:
-            plans.plan(order.kind, wanted, Path(order.bundle), order.options, progress, say=say, shop=shop)
+            plans.plan(order.kind, wanted, Path(order.bundle), options, progress, say=say, shop=shop)
         except HydraError as error:
             # Nothing was there and none may be built: that is for all of them, not this one alone.
             whole = isinstance(error, MissingError) and not order.options.build

@@ -59,14 +59,15 @@ class EngineOptions:
     """How engines are built.
 
     `targets` are GPUs to build for ahead of time, for example sm86; none is TensorRT for RTX's own choice. `batches`
-    are the smallest number of images, the one to be fastest at and the largest, of graphs that take any. Where not
-    `build`, plans are only looked for.
+    are the smallest number of images, the one to be fastest at and the largest, of graphs that take any. `tf32` lets
+    products of fp32 be computed in tf32. Where not `build`, plans are only looked for.
     """
 
     workspace_bytes: int = 1 << 30
     optimisation_level: int | None = None
     targets: tuple[str, ...] = ()
     batches: tuple[int, int, int] = (1, 1, 32)
+    tf32: bool = False
     build: bool = True
 
 
@@ -84,6 +85,11 @@ class Workshop:
     here: Mapping[str, str | int]
     build: Build
     capability: str | None = None
+
+
+def in_tf32(compute_type: str) -> bool:
+    """Whether engines of that type may compute in tf32: where it is asked for, and what narrower ones leave in fp32."""
+    return compute_type != "fp32"
 
 
 def why_no_build(kind: str) -> str | None:
@@ -158,6 +164,7 @@ def spec_of(model: Subject, options: EngineOptions) -> BuildSpec:
         workspace_bytes=options.workspace_bytes,
         optimisation_level=options.optimisation_level,
         targets=options.targets,
+        tf32=options.tf32,
     )
 
 

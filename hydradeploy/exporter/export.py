@@ -125,7 +125,8 @@ def _build_engines(
 ) -> None:
     """Engines of the artifacts of those names; raises MissingError that tells of each that could not be built."""
     artifacts = [artifact for artifact in bundle.manifest.artifacts if artifact.name in names]
-    found = build_missing(kind, bundle, artifacts, options, report=report, say=say)
+    wanted = [(artifact, artifact.precision) for artifact in artifacts]
+    found = build_missing(kind, bundle, wanted, options, report=report, say=say)
     if found.left_out:
         say(f"no engine of {', '.join(found.left_out)}: there is no graph for TensorRT in this precision")
     if found.failed:

@@ -12,10 +12,10 @@ from pathlib import Path
 import msgspec
 
 from hydradeploy.backends import Backend, usable
-from hydradeploy.backends.ways import ALL, Ways, named, ways
+from hydradeploy.backends.ways import ALL, Way, Ways, named, ways
 from hydradeploy.bundle import Artifact, Bundle, open_bundle
 from hydradeploy.devices import Machine, machine
-from hydradeploy.engines.building import build_missing
+from hydradeploy.engines.building import build_missing, label
 from hydradeploy.engines.plans import KINDS, EngineOptions
 from hydradeploy.errors import InvalidError, MissingError, UsageError, environment
 from hydradeploy.measurements import Cell, Device, Profile, Stored, add_profile, place_of, read_profiles
@@ -239,16 +239,20 @@ def _with_engines(setting: _Setting, options: EngineOptions, report: Report, say
     """See to the engines before anything is timed, and leave out what none can be built of."""
     ways = setting.ways
     for kind in KINDS:
-        artifacts = {way.artifact.name: way.artifact for way in ways.found if way.runner.name == kind}
-        if not artifacts:
+        wanted = {_engine(way): (way.artifact, way.compute_type) for way in ways.found if way.runner.name == kind}
+        if not wanted:
             continue
-        failed = build_missing(kind, setting.bundle, list(artifacts.values()), options, report=report, say=say).failed
-        found = tuple(way for way in ways.found if way.runner.name != kind or way.artifact.name not in failed)
+        failed = build_missing(kind, setting.bundle, list(wanted.values()), options, report=report, say=say).failed
+        found = tuple(way for way in ways.found if way.runner.name != kind or _engine(way) not in failed)
         lines = tuple(f"left out: {name}: no engine of {kind}: {reason}" for name, reason in failed.items())
         ways = Ways(found, (*ways.left_out, *lines))
     if not ways.found:
         raise MissingError("; ".join(ways.left_out))
     return replace(setting, ways=ways)
+
+
+def _engine(way: Way) -> str:
+    return label(way.artifact.name, way.compute_type)
 
 
 def _computing_on(here: Machine, runners: Sequence[Backend], *, every: bool) -> list[Backend]:

@@ -60,9 +60,11 @@ def trt(cuda, monkeypatch):
     import onnxruntime
 
     fake = FakeTensorRT(cuda)
+    fake.asked = []
 
-    def plan(kind, model, bundle, *rest, **more):
+    def plan(kind, model, bundle, options):
         assert bundle == model.graph.parent
+        fake.asked.append(options)
         # ONNX Runtime has no kernels in bfloat16 here; its own graph widens the same weights.
         graph = str(model.graph).replace(".trt.onnx", ".onnx") if model.precision == "bf16" else str(model.graph)
         try:
@@ -137,15 +139,24 @@ def test_no_memory_is_the_environments_fault_and_names_the_graph(runner, opened,
 
 
 def test_types_are_those_that_module_and_gpu_have(runner, trt, cuda):
-    def has() -> list[str]:
-        return [p for p in ("fp32", "fp16", "bf16", "int8dyn", "int8") if runner.compute_types(p) == (p,)]
+    def has() -> list[tuple[str, ...]]:
+        return [runner.compute_types(name) for name in ("fp32", "fp16", "bf16", "int8dyn", "int8")]
 
-    assert has() == ["fp32", "fp16", "bf16", "int8"]
+    assert has() == [("fp32", "tf32"), ("fp16",), ("bf16",), (), ("int8",)]
     cuda.fake.fake_gpu(0, 7, 5)
-    assert has() == ["fp32", "fp16", "int8"]
+    assert has() == [("fp32",), ("fp16",), (), (), ("int8",)]
     cuda.fake.fake_gpu(0, 8, 6)
     del trt.DataType.BF16
-    assert has() == ["fp32", "fp16", "int8"]
+    assert has() == [("fp32", "tf32"), ("fp16",), (), (), ("int8",)]
+
+
+def test_what_fp32_artifacts_are_computed_in_is_asked_for_and_others_leave_to_tf32_what_they_have_in_fp32(
+    runner, everything, trt
+):
+    for precision, kind in (("fp32", None), ("fp32", "tf32"), ("int8", None), ("fp16", None)):
+        with runner.open(model(everything, runner, f"h04-{precision}"), Options(compute_type=kind)) as session:
+            assert session.facts()["compute_type"] == (kind or precision)
+    assert [options.tf32 for options in trt.asked] == [False, True, True, True]
 
 
 def test_it_is_usable_where_package_and_gpu_are(runner, cuda, monkeypatch):

@@ -126,6 +126,7 @@ class Seen:
     built: int = 0
     network_flags: int | None = None
     flags: set[str] = field(default_factory=set)
+    cleared: set[str] = field(default_factory=set)
     pools: dict[str, int] = field(default_factory=dict)
     profile: dict[str, tuple] = field(default_factory=dict)
     caches: list[bytes] = field(default_factory=list)
@@ -246,6 +247,7 @@ class FakeModule:
             self.version,
             "IBuilderConfig",
             set_flag=lambda flag: seen.flags.add(flag.name),
+            clear_flag=lambda flag: seen.cleared.add(flag.name),
             set_memory_pool_limit=limit,
             add_optimization_profile=lambda profile: -1 if self.refuses == "profile" else 0,
             create_timing_cache=self._cache,

@@ -70,6 +70,14 @@ def test_networks_are_strongly_typed_wherever_there_are_such(version, graph):
     assert all(name in remark[0] for name in wanted)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_fp32_is_fp32_unless_tf32_is_asked_for(version):
+    for tf32, cleared in ((False, {"TF32"}), (True, set())):
+        trt = FakeModule(version)
+        build(trt, BuildSpec(GRAPH, tf32=tf32))
+        assert trt.seen.cleared == cleared
+
+
 def test_types_of_inputs_count_too_and_several_are_permitted_together():
     inputs = {"image": ((1, 8), "HALF")}
     trt = FakeModule("8.6.1", Graph(inputs, INT8.layers))
@@ -296,6 +304,7 @@ def test_flags_are_what_decides_the_plan():
         BuildSpec(GRAPH, workspace_bytes=1),
         BuildSpec(GRAPH, optimisation_level=0),
         BuildSpec(GRAPH, targets=("sm86",)),
+        BuildSpec(GRAPH, tf32=True),
     ]
     told = [tuple(flags(spec).items()) for spec in (SPEC, *other)]
     assert len(set(told)) == len(told)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from hydradeploy import export, open_bundle
-from hydradeploy.bundle import Artifact
+from hydradeploy.bundle import Artifact, Bundle
 from hydradeploy.engines import building, plans
 from hydradeploy.engines.building import Wanted, build_missing, in_order
 from hydradeploy.engines.cache import Cache, user_root
@@ -39,9 +39,14 @@ ORIN: Mapping[str, str | int] = {
 FIND = EngineOptions(build=False)
 
 
+def in_own_types(bundle: Bundle) -> list[tuple[Artifact, str]]:
+    return [(artifact, artifact.precision) for artifact in bundle.manifest.artifacts]
+
+
 def wanted(name: str = "h06-fp32", weights: str = "2", **changes: object) -> Wanted:
     values: dict[str, object] = {
         "name": name,
+        "compute_type": "fp32",
         "file": f"{name}.trt.onnx",
         "batch": 1,
         "image_shape": (3, 32, 32),
@@ -295,8 +300,17 @@ def test_the_most_likely_picks_come_first():
         return SimpleNamespace(name=name, heads=int(name[1:3]), precision=name[4:])  # type: ignore[return-value]
 
     names = ["h03-fp32", "h06-fp32", "h06-int8", "h12-fp32", "h12-bf16", "h12-fp16"]
-    ordered = [found.name for found in in_order(map(artifact, names))]
-    assert ordered == ["h12-fp16", "h12-bf16", "h12-fp32", "h06-int8", "h06-fp32", "h03-fp32"]
+    wanted = [(artifact(name), name[4:]) for name in names] + [(artifact("h12-fp32"), "tf32")]
+    ordered = [(found.name, kind) for found, kind in in_order(wanted)]
+    assert ordered == [
+        ("h12-fp16", "fp16"),
+        ("h12-bf16", "bf16"),
+        ("h12-fp32", "tf32"),
+        ("h12-fp32", "fp32"),
+        ("h06-int8", "int8"),
+        ("h06-fp32", "fp32"),
+        ("h03-fp32", "fp32"),
+    ]
 
 
 # With the real compiler, which needs no GPU.
@@ -341,7 +355,7 @@ def test_one_graph_that_cannot_be_built_does_not_keep_the_others(rtx, supernet_f
     graph = tmp_path / "exported" / "h03-fp32.trt.onnx"
     graph.write_bytes(graph.read_bytes().replace(b"Softmax", b"Sopmaxx"))
     heard: list[str] = []
-    found = build_missing(RTX, written, written.manifest.artifacts, report=lambda what, *_: heard.append(what))
+    found = build_missing(RTX, written, in_own_types(written), report=lambda what, *_: heard.append(what))
     assert found.ready == ("h04-fp32", "h02-fp32")
     assert set(found.failed) == {"h03-fp32"}
     assert "\n" not in found.failed["h03-fp32"]
@@ -374,7 +388,7 @@ def test_a_builder_that_is_killed_costs_its_engine_alone(rtx, supernet_file, tmp
         if "h03" in text:
             os.kill(children[-1].pid, signal.SIGKILL)
 
-    found = build_missing(RTX, written, written.manifest.artifacts, say=say)
+    found = build_missing(RTX, written, in_own_types(written), say=say)
     assert found.ready == ("h04-fp32", "h02-fp32")
     assert found.failed["h03-fp32"].startswith("its builder ended with SIGKILL")
     assert len(children) == 2
@@ -386,7 +400,7 @@ def test_there_is_a_sign_of_life_where_a_builder_says_nothing(rtx, supernet_file
     monkeypatch.setattr(building, "_TICK_S", 0.01)
     written = export(supernet_file, tmp_path / "exported", heads=(2,))
     heard: list[tuple[str, int, int]] = []
-    build_missing(RTX, written, written.manifest.artifacts, report=lambda *call: heard.append(call))
+    build_missing(RTX, written, in_own_types(written), report=lambda *call: heard.append(call))
     assert heard.count(("engine h02-fp32 (1 of 1)", 0, 0)) > 2
 
 
@@ -406,7 +420,7 @@ bundle = open_bundle(Path(sys.argv[1]))
 def say(text):
     print(text, flush=True)
     sys.stdin.read()
-build_missing("tensorrt-rtx", bundle, bundle.manifest.artifacts, say=say)
+build_missing("tensorrt-rtx", bundle, [(one, one.precision) for one in bundle.manifest.artifacts], say=say)
 """
 
 
@@ -421,7 +435,7 @@ def test_the_process_that_builds_dies_with_the_one_that_asked(rtx, supernet_file
         asking.send_signal(signal.SIGKILL)
     assert select.select([descriptor], [], [], 60)[0], "it ended"
     os.close(descriptor)
-    found = build_missing(RTX, written, written.manifest.artifacts)
+    found = build_missing(RTX, written, in_own_types(written))
     assert len(found.ready) == 5
     assert len(engines(written.path)) == 5
 
@@ -429,7 +443,7 @@ def test_the_process_that_builds_dies_with_the_one_that_asked(rtx, supernet_file
 def test_profile_builds_what_is_missing_before_it_measures_and_leaves_out_what_cannot_be_built(
     rtx, supernet_file, tmp_path, monkeypatch
 ):
-    types = {"fp32": ("fp32",), "fp16": ("fp16",)}
+    types = {"fp32": ("fp32", "tf32"), "fp16": ("fp16",)}
     install(monkeypatch, Fake(RTX, types, dialect="trt"))
     written = export(supernet_file, tmp_path / "exported", heads=(2, 3))
     graph = tmp_path / "exported" / "h03-fp32.trt.onnx"
@@ -455,6 +469,12 @@ def test_profile_builds_what_is_missing_before_it_measures_and_leaves_out_what_c
     assert launched
     assert all(there == {"h02-fp32", "h03-fp32"} for there in launched)
     assert not measured(build=False).left_out
+
+    with pytest.raises(ForeignError, match=r"no engine of h03-fp32 .*: tf32: on here / off there"):
+        measured(compute_types=("fp32", "tf32"), build=False)
+    assert len(measured(compute_types=("fp32", "tf32")).cells) == 4
+    built = [record.key.flags["tf32"] for record in Cache(tmp_path / "exported" / "engines").records().values()]
+    assert sorted(built) == ["off", "off", "on", "on"]
 
     shutil.rmtree(tmp_path / "exported" / "engines")
     monkeypatch.setattr(profiler, "open_bundle", lambda path: written)  # which would find the graph changed
