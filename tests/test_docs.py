@@ -141,13 +141,13 @@ def test_our_commands_for_devices_and_large_data_exist_with_their_options(page, 
     """They need a device or hours. Here the command line's own parser reads them, which refuses what it lacks."""
     import typer
 
-    from hydradeploy.cli import app
+    from hydradeploy.cli.app import app
 
     lines = [line for block in blocks(ROOT / "docs" / page, "sh") for line in block.splitlines()]
     found = [shlex.split(line, comments=True) for line in lines]
     ours = [words[words.index(word) + 1 :] for words in found for word in words if Path(word).name == "hydradeploy"]
     assert {words[0] for words in ours} >= least
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(app())
     for name, *arguments in ours:
         group.commands[name].make_context(name, arguments)
     extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
