@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydradeploy.bundle import Batch
-from hydradeploy.errors import InputError, MissingError, UsageError
+from hydradeploy.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from hydradeploy.selector.budget import Budget
@@ -58,20 +57,6 @@ def batch(text: str) -> Batch:
     if not text.isdecimal():
         raise UsageError(f"--batch {text!r} is not possible", hint="a number of images, or dynamic")
     return int(text)
-
-
-@contextmanager
-def extra(name: str) -> Iterator[None]:
-    """Say which extra to install where a workstation command meets a device's installation."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("hydradeploy"):
-            raise
-        raise MissingError(
-            f"the package {error.name} is not installed; this command belongs on a workstation",
-            hint=f"pip install 'hydradeploy[{name}]'",
-        ) from error
 
 
 def lines(path: Path) -> list[str]:

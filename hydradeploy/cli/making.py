@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from hydradeploy.cli import given
+from hydradeploy.cli.extras import extra
 from hydradeploy.cli.options import BundlePath, Force, Json
 from hydradeploy.cli.output import print_json, print_table, say
 from hydradeploy.cli.progress import progress
@@ -30,7 +31,7 @@ def demo(
 
     Trains a small supernet on digits, exports, evaluates, measures, picks for three budgets, and draws a picture.
     """
-    with given.extra("train"):
+    with extra("train"):
         from hydradeploy.demo import demo as call
     with progress() as report:
         done = call(out, epochs=epochs, force=force, report=report, say=report.say)
@@ -107,7 +108,7 @@ def train(
     """
     heads = None if trained_heads is None else parse_heads(trained_heads)
     weights = None if sample_weights is None else tuple(round(value) for value in given.floats(sample_weights))
-    with given.extra("train"):
+    with extra("train"):
         from hydradeploy.training import config as configs
         from hydradeploy.training.presets import suited
         from hydradeploy.training.train import train as call
@@ -178,7 +179,7 @@ def import_(
         raise UsageError(f"no interpolation {interpolation!r}", hint="one of nearest, bilinear, bicubic, lanczos")
     heads = None if trained_heads is None else parse_heads(trained_heads)
     names = None if class_names is None else given.lines(class_names)
-    with given.extra("export"):
+    with extra("export"):
         from hydradeploy.supernet.importer import import_checkpoint
     imported = import_checkpoint(
         checkpoint,
@@ -250,7 +251,7 @@ def export(
         raise UsageError(f"--input {input!r} is not possible", hint="float32 or uint8")
     if target is not None and engine is None:
         raise UsageError("--target without --engine", hint="--engine tensorrt-rtx")
-    with given.extra("export"):
+    with extra("export"):
         from hydradeploy.exporter.export import export as call
         from hydradeploy.exporter.quantise import Quantising
     from hydradeploy.units import FRACTION, parse
@@ -313,7 +314,7 @@ def pack(
 
     It holds the graphs, the weights this subnet reads and no others, preprocessing, class names and golden samples.
     """
-    with given.extra("export"):
+    with extra("export"):
         from hydradeploy.exporter.pack import pack as call
     packed = call(bundle, artifact, out, force=force)
     if as_json:
