@@ -1,7 +1,7 @@
 """TensorRT, and TensorRT for RTX, on the first GPU; without torch.
 
-An artifact's engine is found in the cache or built by `engines.plans`. The plan has the weights in it; one without
-would be refitted from `Model.weights` between `plans.plan` and `Execution`, and needs nothing else of a session.
+An artifact's engine is found in the cache or built by `engines.building`. The plan has the weights in it; one without
+would be refitted from `Model.weights` between `plan_of` and `Execution`, and needs nothing else of a session.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from hydradeploy.backends import Images, Model, Options, check_input, check_options, read_ahead, with_defaults
 from hydradeploy.bundle import Dialect
-from hydradeploy.engines import cudart, loading, module, plans
+from hydradeploy.engines import cudart, loading, module
+from hydradeploy.engines.building import plan_of
 from hydradeploy.engines.execution import Execution
 from hydradeploy.engines.module import RTX, RTX_CAPABILITIES, TENSORRT
-from hydradeploy.engines.plans import EngineOptions
 from hydradeploy.errors import EnvironmentFailed, HydraError, MissingError
 from hydradeploy.units import show_cuda_version
 
@@ -44,8 +44,7 @@ class _Session:
         }
         read_ahead(model)
         try:
-            wanted = EngineOptions(tf32=plans.in_tf32(str(chosen.compute_type)))
-            plan = plans.plan(runner.name, model, model.graph.parent, wanted)
+            plan = plan_of(runner.name, model, model.graph.parent, str(chosen.compute_type))
             loaded = loading.load(trt, plan)
             self._execution: Execution | None = Execution(
                 trt,

@@ -6,12 +6,14 @@ the process that asks stays small and whole; it tells of progress, also where th
 
 from __future__ import annotations
 
+import logging
 import os
 import selectors
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,8 +24,8 @@ import msgspec
 
 from hydradeploy.bundle import Artifact, Batch, Bundle
 from hydradeploy.engines import plans
-from hydradeploy.engines.plans import DEFAULTS, EngineOptions
-from hydradeploy.errors import HydraError, MissingError
+from hydradeploy.engines.plans import DEFAULTS, EngineOptions, Subject
+from hydradeploy.errors import ForeignError, HydraError, IntegrityError, MissingError
 from hydradeploy.processes import die_with, fresh, signal_name
 from hydradeploy.spec import Record
 from hydradeploy.stored import image_shape
@@ -31,6 +33,11 @@ from hydradeploy.stored import image_shape
 Report = Callable[[str, int, int], None]
 
 _TICK_S = 1.0
+# How often a lone build says how far it is.
+_LINE_S = 10.0
+
+_log = logging.getLogger(__name__)
+
 # Among engines of as many heads the narrowest first: it is the one that meets a deadline.
 _NARROW = ("int8", "fp16", "bf16", "tf32", "fp32")
 
@@ -126,6 +133,45 @@ def build_missing(
         count = _one_process(order, total, ready, failed, report, say)
         del waiting[:count]
     return Engines(tuple(ready), failed, left_out)
+
+
+def plan_of(
+    kind: str, model: Subject, bundle: Path, compute_type: str, *, say: Callable[[str], None] = _log.warning
+) -> bytes:
+    """The plan of one artifact in one compute type, as `plans.plan` has it, built in a process of its own."""
+    find = EngineOptions(tf32=plans.in_tf32(compute_type), build=False)
+    try:
+        return plans.plan(kind, model, bundle, find)
+    except (MissingError, ForeignError, IntegrityError):
+        if model.graph is None or model.sha256 is None or model.graph_sha256 is None:
+            raise
+    wanted = Wanted(
+        name=model.name,
+        compute_type=compute_type,
+        file=str(model.graph.resolve()),
+        batch=model.batch,
+        image_shape=model.image_shape,
+        sha256=model.sha256,
+        graph_sha256=model.graph_sha256,
+    )
+    order = _Order(kind=kind, bundle=str(bundle.resolve()), wanted=(wanted,), options=DEFAULTS)
+    failed: dict[str, str] = {}
+    _one_process(order, 1, [], failed, _now_and_then(say), say)
+    if failed:
+        raise MissingError(failed[wanted.label])
+    return plans.plan(kind, model, bundle, find)
+
+
+def _now_and_then(say: Callable[[str], None]) -> Report:
+    last = time.monotonic()
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LINE_S:
+            last = time.monotonic()
+            say(f"{what} {done}/{total}" if total else what)
+
+    return report
 
 
 def _wanted(bundle: Bundle, artifact: Artifact, compute_type: str) -> Wanted:

@@ -404,6 +404,39 @@ def test_there_is_a_sign_of_life_where_a_builder_says_nothing(rtx, supernet_file
     assert heard.count(("engine h02-fp32 (1 of 1)", 0, 0)) > 2
 
 
+def test_a_lone_plan_is_built_in_another_process_once_and_told_of(rtx, supernet_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "_LINE_S", 0.0)
+    written = export(supernet_file, tmp_path / "exported", heads=(2,))
+    artifact = written.artifact("h02-fp32")
+    subject = wanted(
+        "h02-fp32",
+        file=str(written.graph(artifact, "trt")),
+        sha256=artifact.sha256,
+        graph_sha256=artifact.graph_sha256,
+        image_shape=(3, 32, 32),
+    )
+    told: list[str] = []
+    built = building.plan_of(RTX, subject, written.path, "fp32", say=told.append)
+    assert told[0] == "building the engine of h02-fp32"
+    assert any(line.startswith("engine h02-fp32 (1 of 1)") for line in told[1:])
+    before = len(told)
+    assert building.plan_of(RTX, subject, written.path, "fp32", say=told.append) == built
+    assert len(told) == before
+    building.plan_of(RTX, subject, written.path, "tf32", say=told.append)
+    assert len(Cache(written.path / "engines").records()) == 2
+
+    (damaged,) = (path for path in written.path.rglob("plan") if path.read_bytes() == built)
+    damaged.write_bytes(built[:-1])
+    assert building.plan_of(RTX, subject, written.path, "fp32", say=told.append)
+    assert any("it is built again" in line for line in told[before:])
+
+    graph = written.path / "h02-fp32.trt.onnx"
+    graph.write_bytes(graph.read_bytes().replace(b"Softmax", b"Sopmaxx"))
+    shutil.rmtree(written.path / "engines")
+    with pytest.raises(MissingError, match="Sopmaxx"):
+        building.plan_of(RTX, subject, written.path, "fp32", say=told.append)
+
+
 ASKS = """
 import os, subprocess, sys
 from pathlib import Path
