@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,19 +65,22 @@ class Run:
     classifiers: Classifiers = "shared"
 
 
-RUNS: Mapping[str, Run] = {
-    "hydravit": Run("the paper's recipe"),
-    **{f"single-{k:02d}": Run(f"a ViT of {k} heads trained alone", alone=k) for k in SINGLES},
-    "sandwich-distil": Run(
-        "smallest, largest and a random subnet, taught by the largest", method={"anchors": "sandwich", "distil": 0.5}
-    ),
+_TAUGHT_SANDWICH: Mapping[str, Any] = {"anchors": "sandwich", "distil": 0.5}
+_OTHERS = {
     "matformer": Run("MLP only", MatFormer),
     "dynabert": Run("heads and MLP without the embedding", DynaBert),
     "sortednet": Run("all widths, heads thinned", SortedNet),
+}
+
+RUNS: Mapping[str, Run] = {
+    "hydravit": Run("the paper's recipe"),
+    **{f"single-{k:02d}": Run(f"a ViT of {k} heads trained alone", alone=k) for k in SINGLES},
+    "sandwich-distil": Run("smallest, largest and a random subnet, taught by the largest", method=_TAUGHT_SANDWICH),
+    **_OTHERS,
     "sandwich": Run("smallest, largest and a random subnet", method={"anchors": "sandwich"}),
     "sandwich-two": Run(
         "smallest, largest and two random subnets, taught by the largest",
-        method={"anchors": "sandwich", "draws": 2, "distil": 0.5},
+        method={**_TAUGHT_SANDWICH, "draws": 2},
     ),
     "anchors": Run(
         "3, 6, 12 heads and a random subnet, taught by the largest", method={"anchors": SINGLES, "distil": 0.5}
@@ -90,6 +93,10 @@ RUNS: Mapping[str, Run] = {
     "loss-aware": Run("subnets of a larger loss are drawn more often", method={"loss_aware": 2.0}),
     "classifiers": Run("a classifier for each head count", classifiers="separate"),
     "no-decay": Run("no decay on what is not drawn", method={"decay_unsampled": False}),
+    **{
+        f"{name}-sandwich": replace(run, what=f"{run.what}, trained as sandwich-distil is", method=_TAUGHT_SANDWICH)
+        for name, run in _OTHERS.items()
+    },
 }
 
 
@@ -261,7 +268,7 @@ def report(rows: Sequence[Mapping[str, str]], epochs: int, path: Path) -> None:
     levels = GLYPHS.geometry.trained_heads
     ten = sum(macs_of("hydravit", k, GLYPHS.geometry) for k in levels)
     print(f"{epochs} epochs; top-1 in points, mean over seeds; cost against ten trainings")
-    print("run             seeds  cost " + " ".join(f"{k:>6}" for k in levels))
+    print("run                seeds  cost " + " ".join(f"{k:>6}" for k in levels))
     for name in RUNS:
         if name not in curves:
             continue
@@ -270,7 +277,7 @@ def report(rows: Sequence[Mapping[str, str]], epochs: int, path: Path) -> None:
             f"{statistics.mean(curve[k] for curve in seeds):6.2f}" if all(k in c for c in seeds) else "     -"
             for k in levels
         ]
-        print(f"{name:15} {len(seeds):5} {cost_of(name) / ten:5.3f} {' '.join(means)}")
+        print(f"{name:18} {len(seeds):5} {cost_of(name) / ten:5.3f} {' '.join(means)}")
     for line in claims(curves):
         print(line)
     if curves:
@@ -291,10 +298,9 @@ def claims(curves: Curves) -> list[str]:
     if "single-12" in curves:
         sliced = [statistics.mean(curve[k] for curve in curves["single-12"].values()) for k in (3, 6, 9)]
         lines.append("trained alone with 12 heads and sliced to 3, 6, 9: " + ", ".join(f"{v:.1f}" for v in sliced))
-    for other in ("matformer", "dynabert", "sortednet"):
-        for name in ("hydravit", "sandwich-distil"):
-            if other in curves and name in curves:
-                lines.append(_at_equal_macs(curves, name, other))
+    for other in _OTHERS:
+        pairs = (("hydravit", other), ("sandwich-distil", other), ("sandwich-distil", f"{other}-sandwich"))
+        lines += [_at_equal_macs(curves, *pair) for pair in pairs if all(name in curves for name in pair)]
     return lines
 
 

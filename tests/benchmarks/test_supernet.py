@@ -94,7 +94,7 @@ def characters(tmp_path) -> str:
 def test_runs_are_made_once_and_reported(benchmark_module, characters, tmp_path, monkeypatch, capsys):
     benchmark = benchmark_module("supernet")
     command = ["supernet.py", "--data", characters, "--epochs", "1", "--seeds", "0"]
-    runs = "hydravit,single-12,sandwich-distil,teacher,sortednet"
+    runs = "hydravit,single-12,sandwich-distil,teacher,sortednet,sortednet-sandwich"
     places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "r.csv")]
     monkeypatch.setattr(sys, "argv", [*command, "--runs", runs, *places])
     benchmark.main()
@@ -112,6 +112,7 @@ def test_runs_are_made_once_and_reported(benchmark_module, characters, tmp_path,
         "sandwich-distil - paper's recipe, 3 heads: ",
         "trained alone with 12 heads and sliced to 3, 6, 9: ",
         "hydravit - sortednet at equal MACs: ",
+        "sandwich-distil - sortednet-sandwich at equal MACs: ",
         "(one seed)",
     ):
         assert claim in first.out
