@@ -32,7 +32,7 @@ setup: .venv/ready $(if $(DEVICE_PYTHON),.venv-device/ready)
 	$(PYTHON) -m venv .venv-gpu
 	.venv-gpu/bin/pip install -q -e ".[train]" hypothesis pytest
 	.venv-gpu/bin/pip uninstall -q -y onnxruntime
-	.venv-gpu/bin/pip install -q -e ".[cuda]"
+	.venv-gpu/bin/pip install -q -e ".[cuda,tensorrt-rtx]"
 	touch $@
 
 demo: .venv/ready
