@@ -85,6 +85,10 @@ RUNS: Mapping[str, Run] = {
     "anchors": Run(
         "3, 6, 12 heads and a random subnet, taught by the largest", method={"anchors": SINGLES, "distil": 0.5}
     ),
+    "anchors-two": Run(
+        "3, 6, 12 heads and two random subnets, taught by the largest",
+        method={"anchors": SINGLES, "draws": 2, "distil": 0.5},
+    ),
     "in-place": Run("largest and a random subnet, taught by the largest", method={"anchors": "largest", "distil": 0.5}),
     "teacher": Run("taught by a ViT of 12 heads", method={"teacher_share": 0.5}, teacher="single-12"),
     "loss-weights": Run(
