@@ -37,7 +37,7 @@ from hydradeploy.backends import (
 from hydradeploy.backends.onnxruntime import ERRORS_ONLY, first_line, version
 from hydradeploy.bundle import Dialect
 from hydradeploy.engines import cudart
-from hydradeploy.engines.cudart import Cuda
+from hydradeploy.engines.cudart import AMPERE, Cuda
 from hydradeploy.engines.execution import DeviceTensor
 from hydradeploy.engines.lanes import SIZES, Lanes
 from hydradeploy.errors import EnvironmentFailed, HydraError, MissingError
@@ -49,8 +49,6 @@ _DEVICE = 0
 _CONVOLUTION = {"exhaustive": "EXHAUSTIVE", "heuristic": "HEURISTIC", "default": "DEFAULT"}
 # The names of what computes the shape of a dynamic batch, which ONNX Runtime puts on the processor on purpose.
 _SHAPES = ("batch", "embed.class.shape")
-# Products in tf32 came with Ampere.
-_TF32_SINCE = (8, 0)
 # Calls whose time on the GPU is remembered.
 _TIMES = 101
 _NOT_CAPTURED = "-1"
@@ -155,8 +153,7 @@ class _OnnxruntimeCuda:
         # Graphs of bf16 weights widen them when they are loaded. It has no kernels for products of int8.
         if precision not in ("fp32", "bf16"):
             return ()
-        major, minor = cudart.load().gpu().capability.split(".")
-        return ("fp32", "tf32") if (int(major), int(minor)) >= _TF32_SINCE else ("fp32",)
+        return ("fp32", "tf32") if cudart.load().gpu().generation >= AMPERE else ("fp32",)
 
     def why_not(self) -> str | None:
         if not find_spec("onnxruntime"):

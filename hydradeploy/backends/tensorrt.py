@@ -17,6 +17,7 @@ from hydradeploy.backends import Images, Model, Options, check_input, check_opti
 from hydradeploy.bundle import Dialect
 from hydradeploy.engines import cudart, loading, module
 from hydradeploy.engines.building import plan_of
+from hydradeploy.engines.cudart import AMPERE
 from hydradeploy.engines.execution import Execution
 from hydradeploy.engines.module import RTX, RTX_CAPABILITIES, TENSORRT
 from hydradeploy.errors import EnvironmentFailed, HydraError, MissingError
@@ -24,8 +25,8 @@ from hydradeploy.units import show_cuda_version
 
 # What each precision is to TensorRT. A version without the type has no kernels for it.
 _TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "INT8"}
-# The oldest compute capability that has the type's products.
-_OLDEST = {"bf16": (8, 0), "tf32": (8, 0)}
+# Those whose products came with Ampere.
+_SINCE_AMPERE = ("bf16", "tf32")
 
 
 class _Session:
@@ -117,9 +118,9 @@ class TensorRT:
         kind = _TYPES.get(precision)
         if kind is None or not hasattr(module.module(self.name).DataType, kind):
             return ()
-        major, minor = cudart.load().gpu().capability.split(".")
+        ampere = cudart.load().gpu().generation >= AMPERE
         types = ("fp32", "tf32") if precision == "fp32" else (precision,)
-        return tuple(name for name in types if (int(major), int(minor)) >= _OLDEST.get(name, (0, 0)))
+        return tuple(name for name in types if ampere or name not in _SINCE_AMPERE)
 
     def software(self) -> Mapping[str, str]:
         found = {self.name: _version(self.name)}

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from hydradeploy.backends import Images, Model, Options, Weights, check_input, check_options, read_ahead, with_defaults
 from hydradeploy.backends.torch import TYPES, file_key, first_line, forward, nested, weights_of, whole
+from hydradeploy.engines.cudart import AMPERE
 from hydradeploy.errors import EnvironmentFailed, MissingError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class _TorchCuda:
 
         if self.why_not() is not None:
             return ()
-        narrow = ("tf32", "bf16") if torch.cuda.get_device_capability() >= (8, 0) else ()
+        narrow = ("tf32", "bf16") if torch.cuda.get_device_capability() >= AMPERE else ()
         if precision == "fp32":
             return ("fp32", "fp16", *narrow)
         return (precision,) if precision == "fp16" or precision in narrow else ()

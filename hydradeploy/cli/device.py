@@ -10,7 +10,7 @@ import typer
 
 from hydradeploy.bundle import Check
 from hydradeploy.cli import given
-from hydradeploy.cli.options import BundlePath, Json, ProfilesPath, Verify
+from hydradeploy.cli.options import BundlePath, Json, ProfilesPath
 from hydradeploy.cli.output import print_json, print_table, say
 from hydradeploy.errors import InputError, MissingError, UsageError
 from hydradeploy.units import show_bytes, show_percent
@@ -95,7 +95,9 @@ def run(
     backend: Annotated[str | None, typer.Option(help="Default: the first that is usable.")] = None,
     top: Annotated[int, typer.Option(help="Classes to show per image.", min=1)] = 5,
     threads: Annotated[int | None, typer.Option(help="Default: the backend's.", min=1)] = None,
-    check: Verify = "stamp",
+    check: Annotated[
+        str, typer.Option("--verify", metavar="stamp|always", help="Hash what is new, or everything.")
+    ] = "stamp",
     as_json: Json = False,
 ) -> None:
     """Classify images with the named artifact, or with the one that --latency picks."""

@@ -8,16 +8,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import typer
 
 from hydradeploy.cli.app import app_for
 from hydradeploy.cli.output import say
 from hydradeploy.errors import EnvironmentFailed, ExitCode, HydraError, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def main() -> None:

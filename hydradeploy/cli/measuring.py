@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from hydradeploy.cli import given
-from hydradeploy.cli.options import BundlePath, Json, ProfilesPath
+from hydradeploy.cli.options import Backends, BundlePath, ComputeTypes, Json, ProfilesPath
 from hydradeploy.cli.output import print_json, print_table, say
 from hydradeploy.cli.progress import progress
 from hydradeploy.errors import UsageError
@@ -33,12 +33,8 @@ def evaluate(
     ] = None,
     bundle: BundlePath = Path("bundle"),
     limit: Annotated[int | None, typer.Option(help="Evaluate on that many images, spread evenly.", min=1)] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="One, several with commas, or all. Default: the first that is usable.")
-    ] = None,
-    compute_type: Annotated[
-        str | None, typer.Option(help="What to compute in: fp32,bf16. Default: what suits each artifact.")
-    ] = None,
+    backend: Backends = None,
+    compute_type: ComputeTypes = None,
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy of every artifact.
@@ -89,12 +85,8 @@ def profile(
     device: Annotated[
         str | None, typer.Option(metavar="jetson|cuda|cpu", help="Default: what this machine is.")
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="One, several with commas, or all. Default: the first that is usable.")
-    ] = None,
-    compute_type: Annotated[
-        str | None, typer.Option(help="What to compute in: fp32,bf16. Default: what suits each artifact.")
-    ] = None,
+    backend: Backends = None,
+    compute_type: ComputeTypes = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(help="NAME=VALUE[,VALUE], for backends that have it: hint=throughput,latency. Several times."),

@@ -81,6 +81,10 @@ class CudaFailed(MissingError):
         self.code = code
 
 
+# The first compute capability with products in bf16 and tf32.
+AMPERE = (8, 0)
+
+
 @dataclass(frozen=True)
 class Gpu:
     """The first GPU that this process may use (CUDA_VISIBLE_DEVICES chooses it).
@@ -93,6 +97,12 @@ class Gpu:
     sm_count: int
     integrated: bool
     uuid: str
+
+    @property
+    def generation(self) -> tuple[int, int]:
+        """The compute capability as numbers, to be compared: AMPERE and later."""
+        major, minor = self.capability.split(".")
+        return int(major), int(minor)
 
 
 _Given = TypeVar("_Given", bound="Handle")
