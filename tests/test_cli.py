@@ -87,6 +87,15 @@ def test_module_and_checkout_launcher_start_the_same_command_line(start):
     assert ran.stdout.startswith("hydradeploy ")
 
 
+def test_the_demo_overwrites_nothing_without_being_told(cli: Cli, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    ran = cli("demo", "--out", tmp_path)
+    assert ran.code == 2
+    assert "is not empty" in ran.err
+    assert "--force" in ran.err
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
 def test_the_console_script_is_installed():
     script = Path(sys.executable).with_name("hydradeploy")
     ran = subprocess.run([script, "--version"], capture_output=True, text=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import runpy
 import shlex
@@ -18,7 +19,7 @@ from PIL import Image
 
 from hydradeploy import open_bundle
 from hydradeploy.backends import PRECISION_NAMES
-from tests.conftest import geometry, require, supernet
+from tests.conftest import Cli, geometry, require, supernet
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -54,12 +55,13 @@ def workplace(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_the_readme_runs_from_top_to_bottom(workplace, capsys):
+def test_the_readme_runs_from_top_to_bottom(workplace, cli, capsys):
     """As it stands, but for a training cut short and fewer cells measured.
 
     What a busy machine measures may be inconclusive (exit 4); nothing else is excused.
     """
     require("sklearn")
+    require("matplotlib")
     found = commands(ROOT / "README.md")
     assert len(found) >= 14
     for command in found:
@@ -74,12 +76,36 @@ def test_the_readme_runs_from_top_to_bottom(workplace, capsys):
         allowed = (0, 4) if "--latency" in words else (0,)
         assert ran.returncode in allowed, f"{command}\n{ran.stderr}"
         if words[1] == "demo":
+            check_demo(Path("build/demo"), ran.stderr, cli)
             shutil.copy("build/demo/supernet.safetensors", "supernet.safetensors")
     snippets = blocks(ROOT / "README.md", "python")
     assert len(snippets) == 2
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
     assert "h06-fp32" in capsys.readouterr().out
+
+
+def check_demo(out: Path, said: str, cli: Cli) -> None:
+    """It evaluated and measured every subnet, drew them, and found for three rising budgets what `pick` finds again."""
+    rows = json.loads((out / "bundle" / "accuracy.json").read_text())["rows"]
+    assert [row["artifact"] for row in rows] == [f"h{k:02d}-fp32" for k in range(3, 13)]
+    assert all(row["n"] == 360 for row in rows)
+    (profile,) = (out / "profiles").glob("*.json")
+    assert len(json.loads(profile.read_text())["cells"]) == 10
+    assert len(re.findall(r"^  h.*: top-1 ", said, re.MULTILINE)) >= 10
+    with Image.open(out / "accuracy-latency.png") as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 400
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
+    limits, verdicts = [], {0: "pass", 3: "infeasible", 4: "inconclusive"}
+    for asked in re.findall(r"^> hydradeploy (pick .*)$", said, re.MULTILINE):
+        again = cli(*asked.split(), "--bundle", out / "bundle", "--profiles", out / "profiles", "--json")
+        answer = json.loads(again.out)
+        assert answer["verdict"] == verdicts[again.code]
+        limits.append(answer["budget"]["latency"][0]["limit_s"])
+    assert len(limits) == 3
+    assert limits == sorted(limits)
+    assert answer == json.loads((out / "pick.json").read_text())
 
 
 def run_through(page: str, least: int, *more: str) -> None:

@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -47,7 +47,8 @@ class Together:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        self._outputs = [Path(tempfile.mkdtemp()) / str(rank) for rank in range(count)]
+        self._directory = TemporaryDirectory()
+        self._outputs = [Path(self._directory.name) / str(rank) for rank in range(count)]
         self.processes = [
             _FORKSERVER.Process(target=_begin, args=(rank, count, port, list(options), str(output), prelude))
             for rank, output in enumerate(self._outputs)
@@ -67,10 +68,11 @@ class Together:
         """Exit code, stdout and stderr of each."""
         for process in self.processes:
             process.join(120)
-        return [
-            (process.exitcode, self._text(rank, "out"), self._text(rank, "err"))
-            for rank, process in enumerate(self.processes)
-        ]
+        with self._directory:
+            return [
+                (process.exitcode, self._text(rank, "out"), self._text(rank, "err"))
+                for rank, process in enumerate(self.processes)
+            ]
 
     def kill(self, by: signal.Signals) -> None:
         for process in self.processes:
