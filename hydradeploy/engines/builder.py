@@ -96,8 +96,6 @@ def _built(trt: Any, can: Capabilities, spec: BuildSpec, timing_cache: bytes, te
     parser = trt.OnnxParser(network, log)  # kept until the plan is there: it owns the weights
     teller.tell("parsing")
     _parse(parser, spec.graph, log)
-    if can.attention:
-        _let_attention_be_taken_apart(trt, network)
     config, remarks = _configured(trt, can, builder, network, spec, log)
     timings = None
     if not can.ahead_of_time:
@@ -157,15 +155,6 @@ def _parser_error(error: Any, graph: Path) -> str:
     return f"node {name or error.node()} ({operator}): {said} ({code})"
 
 
-def _let_attention_be_taken_apart(trt: Any, network: Any) -> None:
-    """In fp32 no fused kernel has it, and the build would fail."""
-    for at in range(network.num_layers):
-        layer = network.get_layer(at)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # get_layer gives a plain ILayer
-            layer.attention.decomposable = True
-
-
 def _configured(
     trt: Any, can: Capabilities, builder: Any, network: Any, spec: BuildSpec, log: Any
 ) -> tuple[Any, tuple[str, ...]]:
@@ -184,6 +173,10 @@ def _configured(
     permitted = _permitted(trt, can, network)
     for name in permitted:
         config.set_flag(getattr(trt.BuilderFlag, name))
+    if can.user_allocation:
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if can.profile_sharing:
+        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if spec.targets:
         _aim(trt, config, spec.targets)
     _profile(builder, config, network, spec, log)

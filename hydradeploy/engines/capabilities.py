@@ -13,7 +13,9 @@ class Capabilities:
     `ahead_of_time`: builds for GPUs that need not be here, and times nothing (RTX). `explicit_batch` and
     `strongly_typed`: the network's flag is to be passed. `type_flags`: builder flags that permit a type, by the tensor
     type that calls for them; empty where the network alone decides. `quantised_flag`: one is needed for int8.
-    `progress`: events can be had. `attention`: fused attention can be allowed to be taken apart.
+    `progress`: events can be had. `profile_sharing`: several contexts may use one optimisation profile only where the
+    engine was built for it. `user_allocation`: engines that allocate nothing while they run, as a CUDA graph needs, are
+    to be asked for.
     """
 
     ahead_of_time: bool
@@ -23,7 +25,8 @@ class Capabilities:
     quantised_flag: bool
     optimisation_level: bool
     progress: bool
-    attention: bool
+    profile_sharing: bool
+    user_allocation: bool
 
 
 # Tensor type and the flag that permits kernels of it, in networks that are not strongly typed.
@@ -36,17 +39,19 @@ def capabilities(trt: Any) -> Capabilities:
     weak = hasattr(flag, "FP16")
     # 11.0 and RTX still have STRONGLY_TYPED, deprecated: all their networks are.
     strong = weak and hasattr(network, "STRONGLY_TYPED")
+    # Where strong typing exists every network is of explicit batch and profiles are shared; what says so is deprecated.
+    before_strong = not hasattr(network, "STRONGLY_TYPED")
     permitted = {
         kind: name for kind, name in _TYPE_FLAGS.items() if hasattr(flag, name) and hasattr(trt.DataType, kind)
     }
     return Capabilities(
         ahead_of_time=hasattr(trt, "ComputeCapability"),
-        # Where strong typing exists every network is of explicit batch, and the flag is deprecated.
-        explicit_batch=hasattr(network, "EXPLICIT_BATCH") and not hasattr(network, "STRONGLY_TYPED"),
+        explicit_batch=before_strong and hasattr(network, "EXPLICIT_BATCH"),
         strongly_typed=strong,
         type_flags=permitted if weak and not strong else {},
         quantised_flag=weak and not strong and hasattr(flag, "INT8"),
         optimisation_level=hasattr(config, "builder_optimization_level"),
         progress=hasattr(trt, "IProgressMonitor") and hasattr(config, "progress_monitor"),
-        attention=hasattr(trt, "IAttentionInputLayer"),
+        profile_sharing=before_strong and hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"),
+        user_allocation=hasattr(flag, "REQUIRE_USER_ALLOCATION"),
     )

@@ -198,12 +198,20 @@ class Execution:
         return _Lane(context, given, taken)
 
     def _context(self) -> Any:
-        """A context without memory of its own."""
+        """A context without memory of its own, whose kernels are those that it will go on with."""
         kinds = getattr(self._trt, "ExecutionContextAllocationStrategy", None)
+        specialised = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
         if kinds is None:
             context = self._engine.create_execution_context_without_device_memory()
-        else:
+        elif specialised is None:
             context = self._engine.create_execution_context(kinds.USER_MANAGED)
+        else:
+            # TensorRT for RTX would compile the kernels of a batch size while others that are slower stand in for them,
+            # and a graph that was captured meanwhile would keep those.
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(kinds.USER_MANAGED)
+            config.dynamic_shapes_kernel_specialization_strategy = specialised.EAGER
+            context = self._engine.create_execution_context(config)
         if context is None:
             raise MissingError(f"TensorRT makes no execution context: {errors(self._log)}")
         return context

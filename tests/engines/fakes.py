@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -85,10 +86,15 @@ class FakeEngine:
 
     num_io_tensors = 2
 
-    def _context(self, *strategy: str) -> FakeContext | None:
-        assert list(strategy) == ([] if self.trt.generation == "8.6" else ["USER_MANAGED"])
+    def _context(self, *asked: Any) -> FakeContext | None:
+        wanted = {"8.6": (), "10.3": ("USER_MANAGED",), "rtx": (FakeRuntimeConfig("USER_MANAGED", "EAGER"),)}
+        assert asked == wanted[self.trt.generation]
         self.trt.contexts += 1
-        return None if self.trt.refuses == "context" else (Context86 if strategy == () else Context10)(self)
+        return None if self.trt.refuses == "context" else (Context86 if asked == () else Context10)(self)
+
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        assert self.trt.generation == "rtx"
+        return FakeRuntimeConfig()
 
     def get_tensor_name(self, at: int) -> str:
         return list(self.shapes)[at]
@@ -101,6 +107,17 @@ class FakeEngine:
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list:
         return [(count, *self.shapes[name][1:]) for count in self.profile]
+
+
+@dataclass
+class FakeRuntimeConfig:
+    """Of TensorRT for RTX."""
+
+    allocation: str = "STATIC"
+    dynamic_shapes_kernel_specialization_strategy: str = "LAZY"
+
+    def set_execution_context_allocation_strategy(self, kind: str) -> None:
+        self.allocation = kind
 
 
 class FakeContext:
@@ -162,7 +179,7 @@ class Context10(FakeContext):
 
 
 class FakeTensorRT:
-    """A module as 8.6 or as 10.3 has it. `engines` are found by their plan."""
+    """A module as 8.6, as 10.3 or as TensorRT for RTX has it. `engines` are found by their plan."""
 
     def __init__(self, cuda: FakeCuda, generation: str = "10.3") -> None:
         self.cuda, self.generation, self.refuses = cuda, generation, ""
@@ -176,6 +193,8 @@ class FakeTensorRT:
         if generation != "8.6":
             self.DataType.BF16 = 3
             self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="USER_MANAGED")
+        if generation == "rtx":
+            self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="LAZY", EAGER="EAGER")
 
     def Runtime(self, log: Any) -> Any:
         assert self.cuda.device_count(), "the real one crashes the process"

@@ -131,7 +131,7 @@ class Seen:
     profile: dict[str, tuple] = field(default_factory=dict)
     caches: list[bytes] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
-    decomposable: int = 0
+    previews: set[str] = field(default_factory=set)
     values: dict[str, Any] = field(default_factory=dict)
 
 
@@ -141,8 +141,15 @@ class FakeModule:
     def __init__(self, version: str, graph: Graph | None = None, refuses: str = "", events: bool = True) -> None:
         self.version, self.graph, self.refuses, self.events = version, graph or Graph(), refuses, events
         self.seen = Seen()
-        names, module = surface(version), self
-        for kind in ("BuilderFlag", "DataType", "LayerType", "MemoryPoolType", "NetworkDefinitionCreationFlag"):
+        names = surface(version)
+        for kind in (
+            "BuilderFlag",
+            "DataType",
+            "LayerType",
+            "MemoryPoolType",
+            "NetworkDefinitionCreationFlag",
+            "PreviewFeature",
+        ):
             setattr(self, kind, Enumeration(version, kind))
         for kind in ("IBuilderConfig", "OnnxParser"):
             setattr(self, kind, Names(names[kind]))
@@ -153,14 +160,6 @@ class FakeModule:
             self.ComputeCapability = Enumeration(version, "ComputeCapability")
         if "IProgressMonitor" in names["module"]:
             self.IProgressMonitor = type("IProgressMonitor", (), {})
-        if "IAttentionInputLayer" in names["module"]:
-
-            class Attention:
-                def __setattr__(self, name: str, value: bool) -> None:
-                    assert (name, value) == ("decomposable", True)
-                    module.seen.decomposable += 1
-
-            self.IAttentionInputLayer = type("IAttentionInputLayer", (Strict,), {"attention": Attention()})
 
     def said(self, text: str, severity: str = "ERROR") -> None:
         self.log.log(f"Severity.{severity}", text)
@@ -243,11 +242,16 @@ class FakeModule:
         def limit(pool: Member, size: int) -> None:
             seen.pools[pool.name] = size
 
+        def preview(feature: Member, on: bool) -> None:
+            assert on
+            seen.previews.add(feature.name)
+
         self.config = Strict(
             self.version,
             "IBuilderConfig",
             set_flag=lambda flag: seen.flags.add(flag.name),
             clear_flag=lambda flag: seen.cleared.add(flag.name),
+            set_preview_feature=preview,
             set_memory_pool_limit=limit,
             add_optimization_profile=lambda profile: -1 if self.refuses == "profile" else 0,
             create_timing_cache=self._cache,

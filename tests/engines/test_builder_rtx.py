@@ -80,15 +80,6 @@ def test_the_number_of_a_refused_node_is_its_place_in_the_file(trt, tmp_path):
     assert node(graph, error.node()) == (error.node_name(), error.node_operator()) == ("blocks.0.coin", "Bernoulli")
 
 
-def test_attention_in_fp32_is_taken_apart(trt, tmp_path):
-    """There is no fused kernel for it: without that the build fails."""
-    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3, 16, 8]) for n in ("q", "k", "v", "y")]
-    graph = helper.make_graph([helper.make_node("Attention", ["q", "k", "v"], ["y"])], "g", ends[:3], ends[3:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
-    onnx.save(model, tmp_path / "attention.onnx")
-    assert build(trt, BuildSpec(tmp_path / "attention.onnx")).plan
-
-
 @pytest.mark.parametrize("damage", ["garbage", "absent", "cut"])
 def test_a_file_that_is_no_graph_is_one_line_and_nothing_is_printed(trt, tmp_path, damage, capfd):
     graph = saved(tmp_path / "m.onnx")

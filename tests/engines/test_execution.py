@@ -32,7 +32,7 @@ def cuda(monkeypatch):
     found.fake.fake_reset()
 
 
-@pytest.fixture(params=["8.6", "10.3"])
+@pytest.fixture(params=["8.6", "10.3", "rtx"])
 def trt(cuda, request):
     return FakeTensorRT(cuda, request.param)
 
