@@ -28,9 +28,8 @@ class BuildSpec:
     """What to build.
 
     `shapes` are the smallest, the preferred and the largest shape of each input that is dynamic. `workspace_bytes` is
-    the most scratch memory a kernel may take; TensorRT's own limit is all there is. `optimisation_level` is 0 to 5,
-    TensorRT's default None. `targets` are GPUs to build for ahead of time, for example sm86; none: the module's choice.
-    `tf32` lets products of fp32 be computed in tf32.
+    the most scratch memory a kernel may take; TensorRT's own limit is all there is. `targets` are GPUs to build for
+    ahead of time, for example sm86; none: the module's choice. `tf32` lets products of fp32 be computed in tf32.
 
     Plans without weights would be a field here, in `flags` too, with STRIP_PLAN and REFIT_IDENTICAL set in
     `_configured`; a session refits them when it opens.
@@ -39,7 +38,6 @@ class BuildSpec:
     graph: Path
     shapes: Mapping[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
     workspace_bytes: int = 1 << 30
-    optimisation_level: int | None = None
     targets: tuple[str, ...] = ()
     tf32: bool = False
 
@@ -56,11 +54,9 @@ class Built:
 def flags(spec: BuildSpec) -> Mapping[str, str]:
     """What of a spec decides the plan, apart from its graph."""
     shapes = {name: "/".join("x".join(map(str, shape)) for shape in three) for name, three in spec.shapes.items()}
-    level = spec.optimisation_level
     return {
         "shapes": ",".join(f"{name}:{three}" for name, three in sorted(shapes.items())),
         "workspace_bytes": str(spec.workspace_bytes),
-        "optimisation_level": "default" if level is None else str(level),
         "targets": ",".join(sorted(spec.targets)),
         "tf32": "on" if spec.tf32 else "off",
     }
@@ -161,12 +157,6 @@ def _configured(
     """The configuration, and what is to be known of it."""
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace_bytes)
-    if spec.optimisation_level is not None:
-        if not can.optimisation_level:
-            raise MissingError("this TensorRT has no builder optimisation levels (they came with 8.6)")
-        config.builder_optimization_level = spec.optimisation_level
-        if config.builder_optimization_level != spec.optimisation_level:
-            raise MissingError(f"TensorRT refuses optimisation level {spec.optimisation_level}: {errors(log)}")
     if not spec.tf32:
         # On by default, where fp32 would not be fp32.
         config.clear_flag(trt.BuilderFlag.TF32)

@@ -23,7 +23,6 @@ class Capabilities:
     strongly_typed: bool
     type_flags: dict[str, str]
     quantised_flag: bool
-    optimisation_level: bool
     progress: bool
     profile_sharing: bool
     user_allocation: bool
@@ -50,7 +49,6 @@ def capabilities(trt: Any) -> Capabilities:
         strongly_typed=strong,
         type_flags=permitted if weak and not strong else {},
         quantised_flag=weak and not strong and hasattr(flag, "INT8"),
-        optimisation_level=hasattr(config, "builder_optimization_level"),
         progress=hasattr(trt, "IProgressMonitor") and hasattr(config, "progress_monitor"),
         profile_sharing=before_strong and hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"),
         user_allocation=hasattr(flag, "REQUIRE_USER_ALLOCATION"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes as C
 import os
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -50,7 +49,6 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cudaRuntimeGetVersion": [_PI],
     "cudaDriverGetVersion": [_PI],
     "cudaGetLastError": [],
-    "cudaMemGetInfo": [C.POINTER(_S), C.POINTER(_S)],
     "cudaMalloc": [_PP, _S],
     "cudaFree": [_P],
     "cudaHostAlloc": [_PP, _S, _U],
@@ -96,7 +94,6 @@ class Gpu:
     capability: str
     sm_count: int
     integrated: bool
-    uuid: str
 
     @property
     def generation(self) -> tuple[int, int]:
@@ -236,14 +233,7 @@ class Cuda:
             int(self._asked("cudaDeviceGetAttribute", _I, which, 0))
             for which in (_SM_COUNT, _INTEGRATED, _MAJOR, _MINOR)
         )
-        name, identity = _name_and_uuid(self._driver_path)
-        return Gpu(name, f"{major}.{minor}", count, bool(integrated), identity)
-
-    def memory(self) -> tuple[int, int]:
-        """Free and all bytes of the GPU's memory. An integrated GPU's is the system's, which everybody moves."""
-        free, total = _S(), _S()
-        self.call("cudaMemGetInfo", C.byref(free), C.byref(total))
-        return free.value, total.value
+        return Gpu(_name(self._driver_path), f"{major}.{minor}", count, bool(integrated))
 
     # Memory
 
@@ -368,20 +358,19 @@ def why_no_gpu() -> str | None:
         return error.message
 
 
-def _name_and_uuid(path: str) -> tuple[str, str]:
+def _name(path: str) -> str:
     """Of the first GPU, from the driver; raises MissingError."""
     try:
         driver = C.CDLL(path)
     except OSError as error:
         raise MissingError(f"CUDA's driver cannot be loaded: {error}") from error
-    device, name, identity = _I(), C.create_string_buffer(256), (C.c_ubyte * 16)()
+    device, name = _I(), C.create_string_buffer(256)
     for function, arguments in (
         ("cuInit", (_U(0),)),
         ("cuDeviceGet", (C.byref(device), _I(0))),
         ("cuDeviceGetName", (name, _I(len(name)), device)),
-        ("cuDeviceGetUuid", (identity, device)),
     ):
         code = getattr(driver, function)(*arguments)
         if code:
             raise MissingError(f"{function} of {path}: CUDA error {code}")
-    return name.value.decode(errors="replace"), f"GPU-{uuid.UUID(bytes=bytes(identity))}"
+    return name.value.decode(errors="replace")

@@ -27,6 +27,9 @@ from hydradeploy.units import show_cuda_version
 
 KINDS = (TENSORRT, RTX)
 
+# The smallest number of images, the one to be fastest at and the largest, of graphs that take any.
+_BATCHES = (1, 1, 32)
+
 Build = Callable[[BuildSpec, bytes, Progress | None], Built]
 
 _log = logging.getLogger(__name__)
@@ -58,15 +61,11 @@ class Subject(Protocol):
 class EngineOptions:
     """How engines are built.
 
-    `targets` are GPUs to build for ahead of time, for example sm86; none is TensorRT for RTX's own choice. `batches`
-    are the smallest number of images, the one to be fastest at and the largest, of graphs that take any. `tf32` lets
+    `targets` are GPUs to build for ahead of time, for example sm86; none is TensorRT for RTX's own choice. `tf32` lets
     products of fp32 be computed in tf32. Where not `build`, plans are only looked for.
     """
 
-    workspace_bytes: int = 1 << 30
-    optimisation_level: int | None = None
     targets: tuple[str, ...] = ()
-    batches: tuple[int, int, int] = (1, 1, 32)
     tf32: bool = False
     build: bool = True
 
@@ -156,13 +155,11 @@ def spec_of(model: Subject, options: EngineOptions) -> BuildSpec:
         raise MissingError(f"{model.name} has no graph to build an engine of")
     shapes = {}
     if model.batch == "dynamic":
-        least, best, most = ((count, *model.image_shape) for count in options.batches)
+        least, best, most = ((count, *model.image_shape) for count in _BATCHES)
         shapes["image"] = (least, best, most)
     return BuildSpec(
         graph=model.graph,
         shapes=shapes,
-        workspace_bytes=options.workspace_bytes,
-        optimisation_level=options.optimisation_level,
         targets=options.targets,
         tf32=options.tf32,
     )

@@ -57,7 +57,6 @@ size_t fake_used(void) { return used; }
 int cuInit(unsigned flags) { return devices ? 0 : 100; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
 int cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, "Fake GPU"); return 0; }
-int cuDeviceGetUuid(unsigned char *uuid, int device) { for (int i = 0; i < 16; i++) uuid[i] = i; return 0; }
 
 /* Devices. */
 int cudaGetLastError(void) { int code = last_error; last_error = 0; return code; }
@@ -84,7 +83,6 @@ int cudaDeviceGetAttribute(int *value, int which, int device) {
     default: return result(1);
     }
 }
-int cudaMemGetInfo(size_t *free_bytes, size_t *total) { CALL; *free_bytes = limit - used; *total = limit; return 0; }
 
 /* Memory. Blocks are remembered, so that a pointer that is none of them is refused, and not freed twice. */
 static int take(void **to, size_t size, int kind) {

@@ -95,17 +95,6 @@ def test_contexts_share_a_profile_where_they_would_not_unasked(version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_level_of_optimisation_is_taken_where_there_are_any(version):
-    trt, spec = FakeModule(version), BuildSpec(GRAPH, optimisation_level=5)
-    if version == "8.5.2":
-        assert "optimisation levels" in message(trt, spec)
-        assert trt.seen.built == 0
-        return
-    build(trt, spec)
-    assert trt.config.builder_optimization_level == 5
-
-
-@pytest.mark.parametrize("version", VERSIONS)
 def test_a_dynamic_input_gets_its_bounds(version):
     trt = FakeModule(version, Graph({"image": ((-1, 8), "FLOAT"), "fixed": ((1, 8), "FLOAT")}))
     three = ((1, 8), (4, 8), (32, 8))
@@ -303,7 +292,6 @@ def test_flags_are_what_decides_the_plan():
     other = [
         BuildSpec(GRAPH, {"image": ((1, 8), (1, 8), (2, 8))}),
         BuildSpec(GRAPH, workspace_bytes=1),
-        BuildSpec(GRAPH, optimisation_level=0),
         BuildSpec(GRAPH, targets=("sm86",)),
         BuildSpec(GRAPH, tf32=True),
     ]

@@ -112,12 +112,6 @@ def test_targets_are_built_for_and_those_of_a_jetson_refused(trt, tmp_path):
     assert "for sm87, only for sm75, sm80, sm86, sm89, sm120" in told
 
 
-def test_an_optimisation_level_beyond_the_last_is_refused(trt, tmp_path):
-    graph = saved(tmp_path / "m.onnx")
-    assert build(trt, BuildSpec(graph, optimisation_level=0)).plan
-    assert "optimisation level 9" in refusal(trt, BuildSpec(graph, optimisation_level=9))
-
-
 def test_an_interrupt_ends_a_build_and_the_next_one_works(trt, tmp_path):
     graph = saved(tmp_path / "m.onnx")
 

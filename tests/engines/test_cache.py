@@ -26,7 +26,7 @@ KEY = Key(
     gpu="Orin",
     compute_capability="8.7",
     sm_count=16,
-    flags={"workspace_bytes": "1073741824", "optimisation_level": "3"},
+    flags={"workspace_bytes": "1073741824", "tf32": "off"},
 )
 OTHERS = {
     "kind": "tensorrt-rtx",
@@ -38,7 +38,7 @@ OTHERS = {
     "gpu": "Orin NX",
     "compute_capability": "8.6",
     "sm_count": 8,
-    "flags": {"workspace_bytes": "1", "optimisation_level": "3"},
+    "flags": {"workspace_bytes": "1", "tf32": "off"},
 }
 PLAN = os.urandom(10_000)
 

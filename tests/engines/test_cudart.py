@@ -34,7 +34,7 @@ def real() -> str:
 
 def test_a_gpu_is_described_by_runtime_and_driver(cuda):
     gpu = cuda.gpu()
-    assert gpu == cudart.Gpu("Fake GPU", "8.7", 16, False, "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f")
+    assert gpu == cudart.Gpu("Fake GPU", "8.7", 16, False)
     assert cuda.versions() == (12060, 12060)
     cuda.fake.fake_gpu(1, 11, 0)
     assert cuda.gpu().integrated
@@ -103,7 +103,6 @@ def test_no_memory_left_is_the_environments_fault_and_passes(cuda, call, functio
         call(cuda)
     assert failed.value.exit_code is ExitCode.ENVIRONMENT
     assert failed.value.hint
-    assert cuda.memory() == (1000, 1000)
     cuda.allocate(900).close()
 
 
