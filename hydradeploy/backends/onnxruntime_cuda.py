@@ -214,14 +214,11 @@ def _opened(model: Model, chosen: Options, stream: int) -> Any:
     """A session of which nothing that computes is on the processor; raises MissingError for any other."""
     import onnxruntime
 
-    tells = hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     if chosen.threads is not None:
         options.intra_op_num_threads = chosen.threads
-    # 1.23 cannot be asked, only told, and then shapes may not be computed there either.
-    wanted = "session.record_ep_graph_assignment_info" if tells else "session.disable_cpu_ep_fallback"
-    options.add_session_config_entry(wanted, "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session = onnxruntime.InferenceSession(
         str(model.graph),
         options,
@@ -235,9 +232,12 @@ def _opened(model: Model, chosen: Options, stream: int) -> Any:
             f"ONNX Runtime cannot load its CUDA provider, and would compute with {', '.join(has)}",
             hint="what it says of the reason is above, on stderr",
         )
-    elsewhere = _elsewhere(session) if tells else []
+    elsewhere = _elsewhere(session)
     if elsewhere:
-        raise MissingError(f"its CUDA provider does not take {_few(elsewhere)}, which would run on the processor")
+        raise MissingError(
+            f"its CUDA provider does not take {_few(elsewhere)}, which would run on the processor",
+            hint="newer releases of onnxruntime-gpu have more kernels",
+        )
     return session
 
 
@@ -300,6 +300,9 @@ def _why_no_provider() -> str | None:
 
     if _PROVIDER not in onnxruntime.get_available_providers():
         return f"onnxruntime {version()} computes on the processor only; onnxruntime-gpu, the same module, does on both"
+    if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
+        # Up to 1.23, whose provider also has no kernel for the Attention of the graphs here.
+        return f"onnxruntime {version()} does not tell what it computes on the processor, as 1.24 and newer do"
     # It warns of each way that it looks for the provider.
     onnxruntime.set_default_logger_severity(ERRORS_ONLY)
     said = io.StringIO()

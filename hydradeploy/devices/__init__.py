@@ -81,4 +81,8 @@ def machine(kind: str | None = None, processor: str = "cpu") -> Machine:
         if reason is None:
             return found
         reasons.append(f"{candidate}: {reason}")
-    raise MissingError(f"this machine is no such device ({'; '.join(reasons)})")
+    instead = ", --device cpu measures the processor" if kind is None and processor != "cpu" else ""
+    raise MissingError(
+        f"this machine is no such device ({'; '.join(reasons)})",
+        hint=f"hydradeploy doctor says what would help{instead}",
+    )

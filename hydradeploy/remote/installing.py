@@ -32,19 +32,20 @@ def main(name: str, sha256: str, extras: str) -> None:
         data = sys.stdin.buffer.read()
         if hashlib.sha256(data).hexdigest() != sha256:
             fail(ENVIRONMENT, "the wheel did not arrive whole", "run it again")
-        what = f"{sha256} {extras} {sys.version} {sys.executable}"
+        # TensorRT of a JetPack belongs to the system's Python, and may come after the first environment.
+        shared = importlib.util.find_spec("tensorrt") is not None
+        what = f"{sha256} {extras} {sys.version} {sys.executable} {shared}"
         place = os.path.join(root, "venv-" + hashlib.sha256(what.encode()).hexdigest()[:12])
         if not os.path.exists(os.path.join(place, "ready")):
-            install(root, place, name, data, extras)
+            install(root, place, name, data, extras, shared)
         point(root, place)
     print("hydradeploy-found " + os.path.join(root, "venv", "bin", "hydradeploy"))
 
 
-def install(root: str, place: str, name: str, data: bytes, extras: str) -> None:
-    """A fresh environment with the wheel in it."""
+def install(root: str, place: str, name: str, data: bytes, extras: str, shared: bool) -> None:
+    """A fresh environment with the wheel in it; `shared`, it sees the system's packages."""
     shutil.rmtree(place, ignore_errors=True)
-    # TensorRT of a JetPack belongs to the system's Python.
-    see = ["--system-site-packages"] if importlib.util.find_spec("tensorrt") is not None else []
+    see = ["--system-site-packages"] if shared else []
     run(
         [sys.executable, "-m", "venv", *see, place],
         MISSING,

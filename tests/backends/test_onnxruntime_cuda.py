@@ -111,10 +111,6 @@ class FakeSession:
         if waits:
             assert fake.cudaStreamSynchronize(C.c_void_p(stream)) == 0
 
-
-class TellingSession(FakeSession):
-    """As in 1.31, which says which provider got which node."""
-
     def get_provider_graph_assignment_info(self) -> list[Any]:
         def part(provider: str, op: str, name: str) -> Any:
             return SimpleNamespace(
@@ -163,11 +159,8 @@ def runtime(cuda, monkeypatch):
     found = Runtime(cuda, original)
 
     def session(path: str, options: Any = None, *, providers: list, **rest: object) -> Any:
-        kind = original if providers == [CPU] else told(options)
+        kind = original if providers == [CPU] else type("Session", (FakeSession,), {"runtime": found})
         return kind(path, options, providers=providers, **rest)
-
-    def told(options: Any) -> type[FakeSession]:
-        return type("Session", (TellingSession if hasattr(session, TELLS) else FakeSession,), {"runtime": found})
 
     setattr(session, TELLS, None)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
@@ -179,15 +172,6 @@ def runtime(cuda, monkeypatch):
 
 
 TELLS = "get_provider_graph_assignment_info"
-
-
-@pytest.fixture
-def silent(runtime):
-    """As in 1.23, which cannot be asked."""
-    import onnxruntime
-
-    delattr(onnxruntime.InferenceSession, TELLS)
-    return runtime
 
 
 @pytest.fixture
@@ -292,16 +276,18 @@ def test_the_shape_of_a_dynamic_batch_is_all_that_may_be_on_the_processor(supern
         assert sizes | after == (set(onnxruntime_cuda._SHAPES) if batch == "dynamic" else set())
 
 
-def test_where_it_cannot_be_asked_it_is_told(runner, silent, opened):  # noqa: F811
-    with runner.open(model(opened, runner), Options()):
-        assert entry(silent.last.options, "session.disable_cpu_ep_fallback") == "1"
-        assert entry(silent.last.options, "session.record_ep_graph_assignment_info") is None
+def test_a_release_that_cannot_be_asked_is_not_usable(runner, runtime):
+    """As 1.23, which computes on the processor what its CUDA provider does not take, and does not tell."""
+    import onnxruntime
+
+    delattr(onnxruntime.InferenceSession, TELLS)
+    onnxruntime_cuda._why_no_provider.cache_clear()
+    assert "does not tell what it computes on the processor, as 1.24 and newer do" in runner.why_not()
 
 
-def test_where_it_can_be_asked_it_records_for_whom(runner, runtime, opened):  # noqa: F811
+def test_it_records_where_each_node_runs(runner, runtime, opened):  # noqa: F811
     with runner.open(model(opened, runner), Options()):
         assert entry(runtime.last.options, "session.record_ep_graph_assignment_info") == "1"
-        assert entry(runtime.last.options, "session.disable_cpu_ep_fallback") is None
 
 
 def test_nothing_reaches_stdout(runner, runtime, opened, capfd):  # noqa: F811

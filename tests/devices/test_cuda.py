@@ -346,8 +346,10 @@ def test_a_machine_without_a_gpu_is_refused_with_what_was_looked_for(monkeypatch
     ) as refused:
         machine("cuda")
     assert refused.value.exit_code == ExitCode.MISSING == 8
-    with pytest.raises(MissingError, match="cuda: looked for"):
+    assert refused.value.hint == "hydradeploy doctor says what would help"
+    with pytest.raises(MissingError, match="cuda: looked for") as unasked:
         machine(processor="cuda")
+    assert unasked.value.hint.endswith("--device cpu measures the processor")
 
 
 def test_the_library_is_started_at_the_first_question_and_once():

@@ -86,9 +86,7 @@ def test_a_wheel_that_is_none_leaves_nothing_that_would_be_used(bare: Device, bu
 
 @pytest.mark.slow
 def test_with_bootstrap_the_wheel_is_installed_once_and_used_from_then_on(bare: Device, bundle, tmp_path):
-    """Where Python has TensorRT, as a JetPack's, the environment sees it."""
-    (bare.home / "packages" / "tensorrt").mkdir(parents=True)
-    (bare.home / "packages" / "tensorrt" / "__init__.py").write_text("")
+    """Where Python has TensorRT, as a JetPack's, the environment sees it, also where it came later."""
     bare.environment["PYTHONPATH"] = str(bare.home / "packages")
     bare.start()
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
@@ -99,7 +97,7 @@ def test_with_bootstrap_the_wheel_is_installed_once_and_used_from_then_on(bare: 
     assert run.returncode == 0, out + err
     assert "1 cells measured" in out
     first = environment(bare).resolve()
-    assert "include-system-site-packages = true" in (first / "pyvenv.cfg").read_text()
+    assert "include-system-site-packages = false" in (first / "pyvenv.cfg").read_text()
     before = (first / "ready").stat().st_mtime_ns
     for more in (("--bootstrap", f"{tmp_path / NAME}[ort]"), ()):
         run = bare.profile(bundle, profiles, "--dry-run", *more)
@@ -107,11 +105,19 @@ def test_with_bootstrap_the_wheel_is_installed_once_and_used_from_then_on(bare: 
         assert run.returncode == 0, out + err
         assert environment(bare).resolve() == first
         assert (first / "ready").stat().st_mtime_ns == before
+    (bare.home / "packages" / "tensorrt").mkdir(parents=True)
+    (bare.home / "packages" / "tensorrt" / "__init__.py").write_text("")
+    run = bare.profile(bundle, profiles, "--dry-run", "--bootstrap", f"{tmp_path / NAME}[ort]")
+    out, err = run.communicate(timeout=1800)
+    assert run.returncode == 0, out + err
+    second = environment(bare).resolve()
+    assert "include-system-site-packages = true" in (second / "pyvenv.cfg").read_text()
+    assert not first.exists(), "of two, one would only take room"
     run = bare.profile(bundle, profiles, "--dry-run", "--bootstrap", f"{tmp_path / NAME}[openvino]")
     out, err = run.communicate(timeout=1800)
     assert run.returncode == 0, out + err
     assert "openvino" in out
-    assert not first.exists(), "of two, one would only take room"
+    assert not second.exists()
 
 
 def test_the_oldest_python_of_a_device_serves_the_newest_here(device: Device, bundle, tmp_path):
