@@ -10,8 +10,8 @@ import hashlib
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ _ORDER, _SHIFT, _IMAGE = 1, 2, 4  # streams of random numbers; 3 is that of the 
 _IN_MEMORY = 1 << 29
 _BATCH = 256
 _MOST_READERS = 8
+# Long enough for a step to end and the state to be saved.
+_GRACE_S = 30
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,14 @@ class Batch:
     images: Tensor
     labels: Tensor
     bad: tuple[tuple[int, str], ...] = ()
+
+    def pin_memory(self) -> Batch:
+        """In memory that the GPU copies from beside what the processor does; torch asks for it by this name."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+
+# Closed when it is no longer read, which ends those that read for it.
+Batches = Generator[Batch, None, None]
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class Source(Protocol):
     def sha256(self) -> str:
         """Tells whether a run that goes on sees the same images."""
 
-    def steps(self, order: Order, first: int, last: int, share: Share) -> Iterator[Batch]:
+    def steps(self, order: Order, first: int, last: int, share: Share) -> Batches:
         """One process's batches of the steps first .. last - 1, in their pieces, varied as the recipe says."""
 
     def plainly(self, places: Sequence[int]) -> Iterator[Batch]:
@@ -130,7 +140,7 @@ class InMemory:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def steps(self, order: Order, first: int, last: int, share: Share) -> Iterator[Batch]:
+    def steps(self, order: Order, first: int, last: int, share: Share) -> Batches:
         """See Source."""
         most = round(self._recipe.augment.shift * self._pixels.shape[1])
         for step in range(first, last):
@@ -162,7 +172,7 @@ class Streamed:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def steps(self, order: Order, first: int, last: int, share: Share) -> Iterator[Batch]:
+    def steps(self, order: Order, first: int, last: int, share: Share) -> Batches:
         """See Source."""
         return self._read(_Keys(order, first, last, share), self._recipe)
 
@@ -174,7 +184,7 @@ class Streamed:
                 raise InputError(reason)
             yield batch
 
-    def _read(self, keys: _Keys | list[list[_Key]], recipe: Recipe | None) -> Iterator[Batch]:
+    def _read(self, keys: _Keys | list[list[_Key]], recipe: Recipe | None) -> Batches:
         reading = _Reading(self._dataset, self._spec, recipe)
         # More workers than cores are what was asked for, and no reason for a warning of torch's.
         with warnings.catch_warnings():
@@ -253,9 +263,13 @@ def _collated(items: list[_Item]) -> Batch:
 
 
 def _quiet(worker: int) -> None:
-    """Ctrl-C goes to the whole group of processes; the run's own answer to it ends the workers."""
+    """Signals that end a run often go to all its processes; its own answer to them ends the workers.
+
+    Where it has none, because it is at its end already, SIGTERM is torch's way to be rid of them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_S))
 
 
 @lru_cache(1)

@@ -30,6 +30,7 @@ from hydradeploy.training.running import Running
 
 _MIX, _DROP = 5, 6  # streams of random numbers
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_KEPT, _SMALLER = "what was saved before is kept", "choose a smaller --lr; --resume may go on with it"
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,7 +57,9 @@ class Loop:
         self._drawing = Drawing(recipe.method, self._trained, recipe.seed)
         self._classifiers = list(model.head.parameters()) if isinstance(model.head, nn.ModuleDict) else []
         self._called = self._callable()
-        self._losses: list[Tensor] = []
+        # Of each step: the head counts, and the loss of each.
+        self._losses: list[tuple[tuple[int, ...], Tensor]] = []
+        self._settle()
 
     def step(self, step: int, pieces: Iterator[Batch]) -> None:
         """Take one step on the next `accumulate` batches of `pieces`."""
@@ -68,7 +71,7 @@ class Loop:
             images, targets = self._mixed(next(pieces), step, part)
             keep = self._keep(step, part, len(images))
             found += self._passes(heads, images, targets, keep, last_part=part == parts - 1) / parts
-        self._losses.append(found.mean())
+        self._losses.append((heads, found))
         self._follow_losses(heads, found)
         self._update(step, heads)
 
@@ -79,16 +82,20 @@ class Loop:
         """
         if not self._losses:
             return []
-        values = [float(value) for value in self._ranks.mean(torch.stack(self._losses))]
-        self._losses.clear()
+        values = [float(value) for value in self._ranks.mean(torch.stack([found.mean() for _, found in self._losses]))]
+        seen = self._losses
+        self._losses = []
         for number, value in enumerate(values, step - len(values)):
             if not np.isfinite(value):
-                heads = "" if self._ranks.world > 1 else f" with {self._drawing.of(number, 0)[-1]} heads"
                 raise InputError(
-                    f"the loss is {value} at step {number}{heads}; what was saved before is kept",
-                    hint="choose a smaller --lr",
+                    f"the loss is {value} at step {number}{self._blamed(*seen[number - step])}; {_KEPT}", hint=_SMALLER
                 )
         return values
+
+    def check_finite(self, step: int) -> None:
+        """Raise InputError unless every weight is finite after so many steps; a loss would tell only after the next."""
+        if not _finite(list(self.model.parameters())):
+            raise InputError(f"weights are not finite after {step} steps; {_KEPT}", hint=_SMALLER)
 
     def reset_average(self) -> None:
         """Begin the average anew at the weights as they are."""
@@ -121,6 +128,30 @@ class Loop:
         if "scale" in tensors:
             scale, growth = tensors["scale"].tolist()
             self._scaler.load_state_dict(self._scaler.state_dict() | {"scale": scale, "_growth_tracker": int(growth)})
+
+    def _blamed(self, heads: tuple[int, ...], losses: Tensor) -> str:
+        """The subnets whose loss is not finite; of other processes only the mean is known."""
+        if self._ranks.world > 1:
+            return ""
+        these = [str(k) for k, loss in zip(heads, losses.tolist(), strict=True) if not np.isfinite(loss)]
+        return f" with {', '.join(these)} heads"
+
+    def _settle(self) -> None:
+        """Have DistributedDataParallel arrange what it exchanges now, as it does after its first backward pass.
+
+        Sums over three processes or more depend on that arrangement, and a run that is resumed begins anew with it.
+        """
+        if not isinstance(self._called, DistributedDataParallel):
+            return
+        g, recipe = self.model.geometry, self._recipe
+        count = recipe.batch_size // (self._ranks.world * self._running.accumulate)
+        images = torch.zeros(count, g.channels, g.image_size, g.image_size, device=self._ranks.device)
+        with self._autocast():
+            total = self._called(images, self._trained[-1], self._keep(0, 0, count)).float().sum()
+        if self._classifiers:
+            total = total + untouched(self._classifiers)
+        total.backward()
+        self._optimiser.zero_grad()
 
     def _callable(self) -> nn.Module:
         called: nn.Module = torch.compile(self.model) if self._running.compile else self.model  # type: ignore[assignment]
@@ -166,7 +197,7 @@ class Loop:
         rate = self._recipe.rate(step, self._per_epoch)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
-        if not self._recipe.method.decay_unsampled:
+        if not self._recipe.method.decay_unsampled and self._steps():
             drawn = self._ranks.largest(torch.tensor([float(k in heads) for k in self._trained])).tolist()
             subnets = [self.model.geometry.subnet(k) for k, here in zip(self._trained, drawn, strict=True) if here]
             decay_leading(self._decayed, subnets, 1 - rate * self._recipe.weight_decay)
@@ -177,6 +208,14 @@ class Loop:
             decay = min(decay, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def _steps(self) -> bool:
+        """Whether the optimiser will take this step: not where a gradient was too large for fp16."""
+        if not self._scaler.is_enabled():
+            return True
+        self._scaler.unscale_(self._optimiser)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return _finite(gradients)
 
     def _follow_losses(self, heads: tuple[int, ...], losses: Tensor) -> None:
         if not self._recipe.method.loss_aware:
@@ -230,6 +269,10 @@ def arithmetic(recipe: Recipe, running: Running, trained: int) -> Iterator[None]
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    return bool(torch.stack([tensor.detach().abs().max() for tensor in tensors]).isfinite().all())
 
 
 def _decayed(model: nn.Module) -> dict[str, nn.Parameter]:

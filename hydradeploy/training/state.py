@@ -59,6 +59,10 @@ def load(out: Path) -> State:
     """The state of the run that writes `out`; raises UsageError where there is none, IntegrityError where damaged."""
     path = path_of(out)
     if not path.is_file():
+        if out.exists():
+            raise UsageError(
+                f"{out}: its run has come to its end, so there is nothing to resume", hint="--force begins anew"
+            )
         raise UsageError(f"{path}: no such file, so there is nothing to resume", hint="start without --resume")
     tensors, metadata = read_safetensors(path)
     if _HEADER not in metadata:
@@ -68,11 +72,15 @@ def load(out: Path) -> State:
 
 
 def check_same(found: Progress, asked: Progress, path: Path) -> None:
-    """Raise UsageError that names what differs, where a run is to go on as another one."""
+    """Raise UsageError that names what differs, where a run is to go on as another one.
+
+    Its learning rate may: a run whose loss was not finite goes on with a smaller one.
+    """
     differing = [
         f"{field} ({_short(before)}, not {_short(now)})"
         for one, other in ((found.spec, asked.spec), (found.recipe, asked.recipe))
         for field, before, now in _differing(one, other)
+        if field != "learning_rate"
     ]
     if found.data_sha256 != asked.data_sha256:
         differing.append("the training images")

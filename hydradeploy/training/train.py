@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hydradeploy.data.datasets import Dataset, Split, open_dataset
-from hydradeploy.errors import InputError, UsageError
+from hydradeploy.errors import EnvironmentFailed, InputError, UsageError
 from hydradeploy.files import sha256_file
 from hydradeploy.spec import Geometry, Spec
 from hydradeploy.supernet import store
@@ -68,16 +68,14 @@ def train(
     InputError (images, labels or loss refused), MissingError (TensorBoard), EnvironmentFailed (disk).
     """
     running = running or Running()
-    if out.exists() and not (resume or force):
-        raise UsageError(
-            f"{out} exists", hint="go on with --resume, replace it with --force, or name another with --out"
-        )
+    if not resume:
+        _check_free(out, force)
     check_method(preset.recipe.method, preset.geometry.trained_heads)
     if (teacher is not None) != (preset.recipe.method.teacher_share > 0):
         raise UsageError("a teacher and its share of the loss need each other", hint="--teacher and --teacher-share")
     if running.tensorboard is not None:
         metrics.check_tensorboard()
-    with ranks(running.device) as us, arithmetic(preset.recipe, running, len(preset.geometry.trained_heads)):
+    with _enough(), ranks(running.device) as us, arithmetic(preset.recipe, running, len(preset.geometry.trained_heads)):
         run = _prepared(data, preset, running, us, teacher, build)
         if resume:
             run.restore(out, say)
@@ -91,6 +89,37 @@ def train(
             store.save(out, run.spec, run.loop.average.state_dict())
             states.path_of(out).unlink(missing_ok=True)
         return Trained(out, run.spec, run.top1(), time.perf_counter() - started)
+
+
+@contextmanager
+def _enough() -> Iterator[None]:
+    """What torch raises where memory is full has no type of its own but on GPUs; raises EnvironmentFailed for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
+            raise EnvironmentFailed(
+                f"memory is full: {said}", hint="choose a smaller --batch-size, or take it in parts with --accumulate"
+            ) from error
+        if said.startswith("DataLoader worker"):
+            raise EnvironmentFailed(
+                f"a process that reads images has died: {said}",
+                hint="it may lack memory, shared memory too (docker run --shm-size); --workers 0 reads without any",
+            ) from error
+        raise
+
+
+def _check_free(out: Path, force: bool) -> None:
+    """Raise UsageError where a run that begins at `out` would destroy something."""
+    state = states.path_of(out)
+    if out.is_dir():
+        raise UsageError(f"{out} is a directory", hint="name a file with --out")
+    if force or not (out.exists() or state.exists()):
+        return
+    go_on = "go on with --resume, " if state.exists() else ""
+    what = out if out.exists() else f"{state}, the state of a run that was cut short,"
+    raise UsageError(f"{what} exists", hint=f"{go_on}replace it with --force, or name another with --out")
 
 
 def _prepared(
@@ -185,6 +214,9 @@ class _Run:
                 say(f"goes on with {now} {what}, not {before}: as well, but not bit by bit")
         self._progress = msgspec.structs.replace(self._progress, step=found.progress.step, bad=found.progress.bad)
         self._bad = dict.fromkeys(found.progress.bad, "")
+        before, now = found.progress.recipe.learning_rate, self._recipe.learning_rate
+        if before != now and self._us.first:
+            say(f"goes on with a learning rate of {now:g}, not {before:g}: another run from here on")
         self.loop.restore(found.tensors)
 
     def go(self, out: Path, report: Report, say: Callable[[str], None]) -> None:
@@ -192,9 +224,10 @@ class _Run:
         first, watch = self._progress.step, _Watch(self._recipe.batch_size)
         lines = metrics.Metrics(out, self._running.tensorboard, first) if self._us.first else None
         share = Share(self._us.rank, self._us.world, self._running.accumulate)
-        pieces = watch.timed(self._seen(self._images.steps(self._order, first, self._total, share), say))
+        batches = self._images.steps(self._order, first, self._total, share)
+        pieces = watch.timed(self._seen(batches, say))
         losses: list[float] = []
-        with _interruptible() as interrupted:
+        with _interruptible() as interrupted, closing(batches):
             for step in range(first, self._total):
                 self.loop.step(step, pieces)
                 watch.steps += 1
@@ -215,6 +248,7 @@ class _Run:
                     losses = []
                     watch.restart()
                 if saves or stops:
+                    self.loop.check_finite(done)
                     self._save(out)
                 if stops:
                     self._leave(out, say)

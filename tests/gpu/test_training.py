@@ -15,6 +15,7 @@ import torch
 from hydradeploy import train
 from hydradeploy.data.augment import Augmentation
 from hydradeploy.supernet.store import load
+from hydradeploy.training.batches import Batch
 from hydradeploy.training.presets import DIGITS
 from hydradeploy.training.recipe import Method, Preset, Recipe
 from hydradeploy.training.running import Running
@@ -46,6 +47,14 @@ def test_it_learns_in_every_arithmetic_with_all_that_makes_it_better(blobs, tmp_
     recipe = preset(arithmetic=arithmetic, method=method, drop_path=0.1, augment=Augmentation(mixup=0.2, cutmix=0.2))
     trained = train(blobs, tmp_path / "s", recipe, running=ON_GPU)
     assert min(trained.top1.values()) > 0.7
+
+
+def test_batches_of_readers_come_in_memory_that_the_gpu_copies_from():
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    pinned = pin_memory(Batch(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)))
+    assert pinned.images.is_pinned()
+    assert pinned.labels.is_pinned()
 
 
 def test_a_run_begun_on_the_gpu_is_that_of_the_processor_up_to_rounding(blobs, tmp_path):

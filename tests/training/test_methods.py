@@ -219,6 +219,16 @@ def test_on_the_largest_subnet_both_ways_to_decay_are_adamw(decays):
         torch.testing.assert_close(loop.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("decays", [True, False])
+def test_a_step_too_large_for_fp16_changes_no_weight(decays):
+    loop = Loop(model(), recipe(arithmetic="fp16", method={"decay_unsampled": decays}), Running(), ALONE, 10)
+    loop.restore(loop.tensors() | {"scale": torch.tensor([1e38, 0.0], dtype=torch.float64)})
+    before = {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}
+    loop.step(5, iter(batches(1)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loop.model.state_dict().items())
+    assert float(loop.tensors()["scale"][0]) < 1e38
+
+
 @pytest.mark.parametrize("warmup", [True, False])
 def test_the_average_follows_by_its_decay_and_faster_at_first_if_asked(warmup):
     loop = Loop(model(), recipe(ema_decay=0.9, ema_warmup=warmup, learning_rate=1e-2), Running(), ALONE, 10)

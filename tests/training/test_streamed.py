@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -77,6 +80,27 @@ def test_a_stopped_run_that_goes_on_is_the_run_that_was_not_stopped(folder, tmp_
         train(str(folder), tmp_path / "s", preset(), running=Running(workers=2), report=interrupting)
     train(str(folder), tmp_path / "s", preset(), running=Running(workers=0), resume=True)
     assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_signal_to_all_processes_ends_a_run_as_one_to_it_alone_does(folder, tmp_path):
+    """As torchrun, batch systems and service managers send it: the readers must not die before the run has ended."""
+    options = "--image-size 16 --patch-size 8 --head-dim 8 --trained-heads 1-3 --depth 1 --batch-size 8 --workers 2"
+    command = [sys.executable, "-m", "hydradeploy", "train", "--data", str(folder), "--preset", "hydravit-imagenet"]
+    run = subprocess.Popen(
+        [*command, *options.split(), "--epochs", "2000", "--out", str(tmp_path / "s")],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    told = ""
+    while "epoch 1/" not in told:
+        told += run.stderr.readline()
+        assert run.poll() is None, told
+    os.killpg(run.pid, signal.SIGTERM)
+    told += run.communicate(timeout=100)[1]
+    assert run.returncode == 130, told
+    assert "is usable as it is; go on with --resume" in told
+    assert states.load(tmp_path / "s").progress.step > 0
 
 
 def test_an_image_is_varied_from_epoch_to_epoch_and_alike_in_one(folder):

@@ -13,7 +13,7 @@ import torch
 
 from hydradeploy import evaluate, export, train
 from hydradeploy.data.augment import Augmentation
-from hydradeploy.errors import InputError, IntegrityError, UsageError
+from hydradeploy.errors import EnvironmentFailed, InputError, IntegrityError, UsageError
 from hydradeploy.spec import Geometry
 from hydradeploy.supernet.store import load
 from hydradeploy.training import metrics
@@ -212,8 +212,76 @@ def test_an_existing_supernet_is_not_trained_over(blobs, tmp_path, cli: Cli):
     (tmp_path / "s").write_bytes(b"precious")
     ran = cli("train", "--data", blobs, "--out", tmp_path / "s")
     assert ran.code == 2
-    assert "--resume" in ran.err
+    assert "replace it with --force" in ran.err
+    assert "--resume" not in ran.err, "there is no state"
     assert (tmp_path / "s").read_bytes() == b"precious"
+    assert "its run has come to its end" in cli("train", "--data", blobs, "--out", tmp_path / "s", "--resume").err
+    (tmp_path / "d").mkdir()
+    ran = cli("train", "--data", blobs, "--out", tmp_path / "d", "--force")
+    assert ran.code == 2
+    assert "is a directory" in ran.err
+
+
+def test_what_a_killed_run_left_is_not_overwritten_unless_asked(blobs, tmp_path):
+    """There is no supernet yet, only its state and its metrics."""
+
+    def kill(what: str, done: int, total: int) -> None:
+        if done == 15:
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        train(blobs, tmp_path / "s", preset(), report=kill)
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "s.training" in left
+    with pytest.raises(UsageError, match="the state of a run that was cut short, exists") as refused:
+        train(blobs, tmp_path / "s", preset())
+    assert str(refused.value.hint).startswith("go on with --resume, replace it with --force")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == left
+    train(blobs, tmp_path / "s", preset(), force=True)
+    assert not (tmp_path / "s.training").exists()
+
+
+def test_a_run_whose_loss_was_lost_goes_on_with_a_smaller_rate(blobs, tmp_path):
+    interrupted(blobs, tmp_path / "s", preset())
+    said: list[str] = []
+    train(blobs, tmp_path / "s", preset(learning_rate=1e-4), resume=True, say=said.append)
+    assert said[0] == "goes on with a learning rate of 0.0001, not 0.001: another run from here on"
+
+
+def test_weights_that_are_not_finite_are_not_saved(blobs, tmp_path, monkeypatch):
+    """Which the loss of the same step, taken before, does not show."""
+    step = Loop.step
+
+    def spoiled(self, number, pieces):
+        step(self, number, pieces)
+        if number == 19:
+            with torch.no_grad():
+                self.model.head.bias.fill_(float("inf"))
+
+    monkeypatch.setattr(Loop, "step", spoiled)
+    with pytest.raises(InputError, match="weights are not finite after 20 steps; what was saved before is kept"):
+        train(blobs, tmp_path / "s", preset())
+    assert states.load(tmp_path / "s").progress.step == 10
+
+
+def test_a_full_memory_is_no_bug_of_ours(blobs, tmp_path, monkeypatch):
+    for error, text in (
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore"), "memory is full: CUDA out of"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+            "memory is full",
+        ),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "a process that reads images has"),
+    ):
+
+        def fails(self, number, pieces, error=error):
+            raise error
+
+        monkeypatch.setattr(Loop, "step", fails)
+        with pytest.raises(EnvironmentFailed, match=text) as failed:
+            train(blobs, tmp_path / "s", preset())
+        assert "\n" not in failed.value.message
+        assert failed.value.hint
 
 
 def test_splits_with_other_classes_are_refused(tmp_path, cli: Cli):
