@@ -303,7 +303,8 @@ def claims(curves: Curves) -> list[str]:
         sliced = [statistics.mean(curve[k] for curve in curves["single-12"].values()) for k in (3, 6, 9)]
         lines.append("trained alone with 12 heads and sliced to 3, 6, 9: " + ", ".join(f"{v:.1f}" for v in sliced))
     for other in _OTHERS:
-        pairs = (("hydravit", other), ("sandwich-distil", other), ("sandwich-distil", f"{other}-sandwich"))
+        taught = [(name, other) for name in ("sandwich-distil", "anchors")]
+        pairs = (("hydravit", other), *taught, ("sandwich-distil", f"{other}-sandwich"))
         lines += [_at_equal_macs(curves, *pair) for pair in pairs if all(name in curves for name in pair)]
     return lines
 
