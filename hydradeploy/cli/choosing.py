@@ -35,7 +35,7 @@ def pick(
     regime: Annotated[
         str, typer.Option(help="How calls arrive: saturated, paced-30hz, concurrent-4, burst, sustained.")
     ] = "saturated",
-    accept: Annotated[str | None, typer.Option(help="Flags to accept: throttled,contended.")] = None,
+    accept: Annotated[str | None, typer.Option(help="Flags to accept: throttled,contended,graph-failed.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Only cells without any flag.")] = False,
     assume_larger: Annotated[
         bool, typer.Option("--assume-larger-is-better", help="Order by head count instead of accuracy.")
@@ -82,7 +82,7 @@ def compare(
         list[str] | None,
         typer.Option(help="p95:+5%; also p50, mean, memory, energy, load. Several times for several. Default: p95:+5%"),
     ] = None,
-    accept: Annotated[str | None, typer.Option(help="Flags to accept: throttled,contended.")] = None,
+    accept: Annotated[str | None, typer.Option(help="Flags to accept: throttled,contended,graph-failed.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown for a pull request.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -99,6 +99,7 @@ def _flags(
         clocks=began.clocks,
         spread=spread,
         steady=() if regime == "burst" or overloads else steady,
+        graphs_failed=[found.facts.get("graph_failed") for found in measured],
     )
     if overloads:
         where = f"{len(overloads)} of {len(measured)} processes"
@@ -127,6 +128,12 @@ def _evidence(good: Sequence[Entry], measured: Sequence[Measured]) -> dict[str, 
     steady = [m.steady for m in measured if m.steady is not None]
     if steady:
         found["steady"] = [float(value) for value in steady]
+    failed = ["graph_failed" in m.facts for m in measured]
+    if any(failed):
+        found["graph_failed"] = [float(value) for value in failed]
+    on_device = [float(m.facts["device_s"]) for m in measured if "device_s" in m.facts]
+    if on_device:
+        found["device_s"] = on_device
     energies = [entry.energy_j for entry in good if entry.energy_j is not None]
     if energies:
         found["energy_j"] = energies

@@ -1,9 +1,10 @@
 """What readings say about a measurement: numbers of each process, and flags with the numbers they stand on.
 
-    throttled         the device or a quota slowed it down      refuses a cell
-    contended         others used what was being measured       refuses a cell
-    noisy             processes differ, or were never steady    a remark
-    floating-clocks   clocks were free to move                  a remark
+    throttled         the device or a quota slowed it down         refuses a cell
+    contended         others used what was being measured          refuses a cell
+    graph-failed      calls ran without the CUDA graph asked for   refuses a cell
+    noisy             processes differ, or were never steady       a remark
+    floating-clocks   clocks were free to move                     a remark
 
 A quantity that was not read is absent from the numbers, and never 0; what is absent raises no flag.
 """
@@ -102,13 +103,15 @@ def judge(
     clocks: str | None = None,
     spread: float | None = None,
     steady: Sequence[bool | None] = (),
+    graphs_failed: Sequence[str | None] = (),
 ) -> tuple[Flag, ...]:
     """The flags of a cell: what happened to one of its processes has happened to the cell.
 
     `found` is the evidence of each process in order, `cores` what the machine has, `clocks` as in the conditions,
-    `spread` how much processes differ, as a fraction, `steady` whether each one's warm-up ended steadily.
+    `spread` how much processes differ, as a fraction, `steady` whether each one's warm-up ended steadily,
+    `graphs_failed` why each one's calls ran without the CUDA graph that was asked for, None where they had it.
     """
-    flags = [*_by_rule(found, cores), *_brief_shortfalls(found)]
+    flags = [*_by_rule(found, cores), *_brief_shortfalls(found), *_graphless(graphs_failed)]
     if spread is not None and spread > SPREAD:
         flags.append(Flag("noisy", f"noisy: processes differ by {spread:.0%}"))
     if 2 * (unsteady := steady.count(False)) > len(steady):
@@ -241,6 +244,15 @@ def _brief_shortfalls(found: Sequence[Numbers]) -> Iterator[Flag]:
         if kind == "clock_shortfall_brief" and worst > SHORTFALL:
             said = f"the {what} clock was {worst:.0%} below where it is pinned in three processes in a row"
             yield Flag("throttled", f"throttled: {said}")
+
+
+def _graphless(failed: Sequence[str | None]) -> Iterator[Flag]:
+    reasons = [reason for reason in failed if reason is not None]
+    if reasons:
+        said = f"calls ran without a CUDA graph in {_of(len(reasons), len(failed))}, as its capture failed"
+        yield Flag(
+            "graph-failed", f"graph-failed: {said}: {reasons[0]} (--setting graph=off measures that as what it is)"
+        )
 
 
 def _of(count: int, total: int) -> str:

@@ -63,7 +63,8 @@ class Measured(Record, frozen=True, kw_only=True):
     arrival. `warmup` counts calls. `steady` is whether the warm-up ended steadily and calls kept up with their
     schedule, None where the warm-up was too short to tell. `started_s` and `ended_s` are the first sample's begin and
     the last one's end on the monotonic clock. `settled_from` is the first sample of a `sustain` run that is as slow as
-    it gets, None where it never settled. Among the `facts`, `overload` says how a schedule was too fast.
+    it gets, None where it never settled. Among the `facts`, `overload` says how a schedule was too fast, `graph_failed`
+    why calls ran without the CUDA graph asked for, and `device_s` how long the median call took on the GPU.
     """
 
     load_s: float

@@ -19,8 +19,8 @@ from hydradeploy.units import show_bytes, show_percent, show_seconds
 
 Status = Literal["met", "missed", "open"]
 
-# Measurements so flagged do not show what the device does undisturbed.
-INVALID_FLAGS = ("throttled", "contended")
+# Measurements so flagged do not show what the device does undisturbed, or when run as the cell says.
+INVALID_FLAGS = ("throttled", "contended", "graph-failed")
 FLAGS = (*INVALID_FLAGS, "noisy", "floating-clocks")
 
 # Beyond that many samples those that are needed are estimated.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count, repeat
@@ -25,6 +25,7 @@ from hydradeploy.profiler.monitor import watching
 from hydradeploy.profiler.presets import PRESETS
 from hydradeploy.profiler.profile import check_clean
 from hydradeploy.profiler.sampling import Measured
+from hydradeploy.report.cells import remark_lines
 from tests.profiler.readings import Value, every, latest, readings
 from tests.profiler.toys import SOURCE
 from tests.profiler.virtual import Here, Launch, profile
@@ -137,6 +138,37 @@ def test_a_quiet_machine_flags_nothing(shared_bundle, tmp_path):
     cell = watched(shared_bundle, tmp_path, quiet)
     assert (cell.flags, cell.remarks) == ((), ())
     check_clean([cell])
+
+
+@dataclass
+class Graphless(Launch):
+    """Processes whose CUDA graph could not be captured, by their number."""
+
+    failed: Collection[int] = ()
+
+    def __call__(self, request: Request, **options: Any) -> Measured:
+        number = len(self.requests)
+        facts = {"graph_failed": "operation not permitted"} if number in self.failed else {}
+        answer = super().__call__(request, **options)
+        return msgspec.structs.replace(answer, facts=answer.facts | facts | {"device_s": f"{0.001 * (number + 1):g}"})
+
+
+@pytest.mark.parametrize(("failed", "evidence"), [((), None), ((1, 3), (0, 1, 0, 1, 0)), (range(5), (1, 1, 1, 1, 1))])
+def test_a_graph_that_was_not_captured_flags_the_cell_with_the_reason(shared_bundle, tmp_path, failed, evidence):
+    cell = watched(shared_bundle, tmp_path, seen(), launch=Graphless(failed=failed))
+    said = (
+        f"graph-failed: calls ran without a CUDA graph in {len(failed)} of 5 processes, as its capture failed: "
+        "operation not permitted (--setting graph=off measures that as what it is)"
+    )
+    assert (cell.flags, cell.remarks) == ((("graph-failed",), (said,)) if failed else ((), ()))
+    assert cell.evidence.get("graph_failed") == evidence
+    assert list(remark_lines([cell])) == ([said] if failed else [])
+
+
+def test_the_time_on_the_gpu_is_evidence_where_a_backend_tells_it(shared_bundle, tmp_path):
+    cell = watched(shared_bundle, tmp_path / "gpu", seen(), launch=Graphless())
+    assert cell.evidence["device_s"] == (0.001, 0.002, 0.003, 0.004, 0.005)
+    assert "device_s" not in watched(shared_bundle, tmp_path / "cpu", seen()).evidence
 
 
 def test_evidence_has_a_number_of_each_process_in_order(shared_bundle, tmp_path):

@@ -77,7 +77,7 @@ def usable(one: Candidate, budget: Budget, rules: Rules) -> bool:
     if one.cell.error is not None:
         return False
     for flag in one.cell.flags:
-        if rules.strict or (flag in ("throttled", "contended") and flag not in rules.accept):
+        if rules.strict or (flag in ("throttled", "contended", "graph-failed") and flag not in rules.accept):
             return False
     by_accuracy = rules.prefer == "accuracy" and not rules.larger_is_better
     return one.accuracy is not None or not (by_accuracy or budget.min_top1 is not None)
@@ -177,7 +177,7 @@ def candidates(draw) -> Candidate:
     changes = {
         "memory_bytes": draw(st.sampled_from((None, 10, 20, 20, 30))),
         "energy_j": draw(st.sampled_from((None, 0.1, 0.2, 0.2))),
-        "flags": draw(st.sampled_from(((), (), (), ("noisy",), ("throttled",), ("contended", "throttled")))),
+        "flags": draw(st.sampled_from(((), (), (), ("noisy",), ("graph-failed",), ("contended", "throttled")))),
         "batch": draw(st.sampled_from((1, 1, 4))),
     }
     return replace(candidate(heads, draw(samples()), size_bytes=size, **changes), accuracy=row)
@@ -524,6 +524,8 @@ def test_amounts_are_met_at_their_limit_and_missed_where_not_measured(field, val
         (("throttled",), (), False, False),
         (("contended",), ("throttled",), False, False),
         (("throttled",), ("throttled",), False, True),
+        (("graph-failed",), ("throttled", "contended"), False, False),
+        (("graph-failed",), ("graph-failed",), False, True),
         (("throttled", "contended"), ("throttled",), False, False),
         (("throttled", "contended"), ("contended", "throttled"), False, True),
     ],
