@@ -36,6 +36,7 @@ class Calls:
     """Calls in order of completion: seconds since each was due, and since it began.
 
     `begun` counts those that are or will be among them, `late_s` is how long after it was due the last one began.
+    `unkept` counts those that were made beyond them, `until_s` is when the last call of all was done.
     """
 
     started_s: float
@@ -44,6 +45,8 @@ class Calls:
     service_s: array[float] = field(default_factory=lambda: array("d"))
     begun: int = 0
     late_s: float = 0.0
+    unkept: int = 0
+    until_s: float = 0.0
 
     def add(self, due: float, began: float, ended: float) -> None:
         self.latency_s.append(ended - due)
@@ -85,13 +88,14 @@ class Caller:
             taken.append(self.clock() - began)
         return median(taken)
 
-    def call(self, goes_on: GoesOn) -> Calls:
+    def call(self, goes_on: GoesOn, least_s: float = 0.0) -> Calls:
         """Call for as long as `goes_on`, which is asked before each call and by one caller at a time.
 
-        The first call on a schedule is due a period from now. Raises what the session raises.
+        Calls go on alike until they have lasted `least_s`, without being kept. The first call on a schedule is due a
+        period from now. Raises what the session raises.
         """
         start = self.clock() + (1 / self.pace_hz if self.pace_hz is not None else 0.0)
-        run = _Run(self, goes_on, Calls(start, start))
+        run = _Run(self, goes_on, Calls(start, start, until_s=start), least_s)
         if self.concurrency == 1:
             run.loop()
             return run.calls
@@ -118,6 +122,8 @@ class _Run:
     caller: Caller
     goes_on: GoesOn
     calls: Calls
+    least_s: float
+    made: int = 0
     enough: bool = False
     error: BaseException | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -137,22 +143,28 @@ class _Run:
                 self.enough = self.enough or not self.goes_on(calls)
                 if self._over():
                     return
-                counts, place, batch = not self.enough, calls.begun, self.caller._next()
+                counts, place, batch = not self.enough, self.made, self.caller._next()
                 calls.begun += counts
+                self.made += 1
             due = None if pace is None else calls.started_s + place / pace
             if due is not None:
                 self._wait(due)
             began = clock()
             run(prepare(batch))
             ended = clock()
-            if counts:
-                with self.lock:
+            with self.lock:
+                calls.until_s = max(calls.until_s, ended)
+                calls.unkept += not counts
+                if counts:
                     calls.add(began if due is None else due, began, ended)
 
     def _over(self) -> bool:
-        """Whether nothing that counts would miss this caller's company."""
+        """Whether nothing that counts would miss this caller's company, and calls have lasted long enough."""
         alone = self.caller.pace_hz is not None or len(self.calls.latency_s) == self.calls.begun
-        return self.error is not None or (self.enough and alone)
+        return self.error is not None or (self.enough and alone and self._lasted())
+
+    def _lasted(self) -> bool:
+        return not self.least_s or self.caller.clock() >= self.calls.started_s + self.least_s
 
     def _wait(self, due: float) -> None:
         # Not spinning, which would keep clocks up. A sleep may be too short by what its clock rounds.

@@ -31,7 +31,7 @@ def _cell(job: Job, entries: Sequence[Entry], regime: str, here: Machine, device
     latency_s, process = tuple(value for value, _ in samples), tuple(number for _, number in samples)
     memory = [found.memory_bytes for found in measured if found.memory_bytes is not None]
     flags = _flags(measured, good, latency_s, process, regime, device, began) if samples else ()
-    energies = [(entry.energy_j, len(found.latency_s)) for entry, found in zip(good, measured, strict=True)]
+    energies = [(entry.energy_j, found.calls) for entry, found in zip(good, measured, strict=True)]
     energy_j = _mean_energy(energies)
     return Cell(
         artifact=job.artifact.name,

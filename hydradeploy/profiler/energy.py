@@ -1,7 +1,7 @@
 """Joules per image, from the readings of a meter: a counter where there is one, else a gauge of power over time.
 
-What the device takes when idle is subtracted, so that a figure is of the inferences and not of the board. Windows are
-as long as the meter needs; a shorter one has no figure, with the reason.
+What the device takes when idle is subtracted, so that a figure is of the inferences and not of the board. Calls go on
+for as long as the meter needs (`window_s`); a shorter window has no figure, with the reason.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ def energy_j(
     if power <= idle_w:
         return Metered(None, f"not above idle: {power:.2f} W while measuring, {idle_w:.2f} W before")
     return Metered((power - idle_w) * (ended_s - started_s) / images, None)
+
+
+def window_s(interval_s: float) -> float:
+    """How long a window has to be for a figure, of a meter that is read every so many seconds; one reading of the
+    fewest may come late."""
+    return max(SHORTEST_S, FEWEST_POWERS * interval_s) + interval_s
 
 
 def idle_power_w(readings: Sequence[Reading]) -> Metered:

@@ -25,7 +25,7 @@ from hydradeploy.profiler.presets import Preset, Target
 from hydradeploy.profiler.sampling import Measured
 from hydradeploy.spec import Record, decode
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Header(Record, frozen=True, kw_only=True):
@@ -81,10 +81,12 @@ class Entry(Record, frozen=True, kw_only=True):
         if (self.measured is None) == (self.error is None):
             raise ValueError("it is either measured or has an error")
         found = self.measured
-        times = (found.load_s, found.first_s, found.prepare_s, *found.switch_s) if found is not None else ()
+        times = (
+            (found.load_s, found.first_s, found.prepare_s, found.unkept_s, *found.switch_s) if found is not None else ()
+        )
         if not all(0 <= value < math.inf for value in (*times, self.wall_s, self.energy_j or 0.0)):
             raise ValueError(
-                "load_s, first_s, prepare_s, switch_s, wall_s and energy_j must be finite and not negative"
+                "load_s, first_s, prepare_s, unkept_s, switch_s, wall_s and energy_j must be finite and not negative"
             )
         if found is not None:
             _check_samples(found)
@@ -95,8 +97,8 @@ def _check_samples(found: Measured) -> None:
     samples = found.latency_s
     if not samples or math.isnan(sum(samples)) or not 0 < min(samples) <= max(samples) < math.inf:
         raise ValueError("latency_s must be positive and finite, at least one")
-    if (found.memory_bytes or 0) < 0 or not 0 <= (found.settled_from or 0) < len(samples):
-        raise ValueError("memory_bytes must not be negative, settled_from one of the samples")
+    if min(found.memory_bytes or 0, found.unkept) < 0 or not 0 <= (found.settled_from or 0) < len(samples):
+        raise ValueError("memory_bytes and unkept must not be negative, settled_from one of the samples")
 
 
 @dataclass(frozen=True)

@@ -183,13 +183,15 @@ def plan_of(name: str, preset: Preset, target: Target, jobs: Sequence[Job], call
 
 
 def process_s(preset: Preset, call_s: float, samples: int) -> float:
-    """Seconds of a process that takes so many samples: start, load, first calls, warm-up, sampling and switches."""
+    """Seconds of a process that takes so many samples: start, load, first calls, warm-up, sampling and switches, and
+    what calls last for a meter."""
     sampling = preset.sampling
     # Loading and the first call together take about three calls of models of all sizes.
     warmup = 3 * call_s + max(sampling.warmup * call_s, sampling.warmup_s)
     spacing = max(call_s, 1 / sampling.pace_hz) if sampling.pace_hz else call_s
     switches = 2 * sampling.switches * call_s + (3 * call_s if sampling.switches else 0.0)
-    return _START_S + warmup + max(samples * spacing, min(sampling.seconds, sampling.at_most * spacing)) + switches
+    seconds = min(sampling.seconds, sampling.at_most * spacing)
+    return _START_S + warmup + max(samples * spacing, seconds, sampling.metered_s) + switches
 
 
 def call_s(job: Job, known: Sequence[Cell]) -> float | None:

@@ -110,6 +110,11 @@ def preset_of(name: str, *, pace_hz: float | None = None, concurrency: int = 1, 
     return msgspec.structs.replace(preset, sampling=sampling, wall_s=preset.wall_s if wall_s is None else wall_s)
 
 
+def metered(preset: Preset, window_s: float) -> Preset:
+    """The same with processes that call for as long as a meter takes."""
+    return msgspec.structs.replace(preset, sampling=msgspec.structs.replace(preset.sampling, metered_s=window_s))
+
+
 def regimes(sampling: Sampling) -> tuple[str, ...]:
     """The names of the regimes that a process so sampled measures."""
     if sampling.sustain:
@@ -139,12 +144,13 @@ class Pilot:
 
     @property
     def overhead_s(self) -> float:
-        """Seconds of a process that are not sampling."""
-        return max(0.0, self.wall_s - self.call_s * len(self.measured.latency_s))
+        """Seconds of a process in which it neither samples nor calls for a meter."""
+        return max(0.0, self.wall_s - (self.measured.called_until_s - self.measured.started_s))
 
     def least_s(self, sampling: Sampling) -> float:
-        """Seconds of sampling that no process stays below."""
-        return max(sampling.samples * self.call_s, min(sampling.seconds, sampling.at_most * self.call_s))
+        """Seconds of calls that no process stays below."""
+        seconds = min(sampling.seconds, sampling.at_most * self.call_s)
+        return max(sampling.samples * self.call_s, seconds, sampling.metered_s)
 
     def process_s(self, sampling: Sampling, count: int) -> float:
         """Seconds of a later process that takes so many samples or more."""
@@ -163,7 +169,8 @@ def samples_after(preset: Preset, target: Target, pilots: Sequence[Pilot | None]
     if preset.wall_s is None or not known:
         return wanted
     left = preset.wall_s - sum(p.wall_s for p, _ in known) - later * sum(p.overhead_s for p, _ in known)
-    share = _share(left / later, known, preset.sampling)
+    # What a process calls for the meter anyway, it may keep as well.
+    share = max(_share(left / later, known, preset.sampling), preset.sampling.metered_s)
     return [
         count if pilot is None or share >= count * pilot.call_s else max(least, int(share / pilot.call_s))
         for pilot, count in zip(pilots, wanted, strict=True)

@@ -22,11 +22,12 @@ from hydradeploy.measurements import Cell, Device, Profile, Stored, add_profile,
 from hydradeploy.profiler import journal as journals
 from hydradeploy.profiler.cells import cells_of
 from hydradeploy.profiler.child import spawn
+from hydradeploy.profiler.energy import window_s
 from hydradeploy.profiler.inputs import batches
+from hydradeploy.profiler.monitor import INTERVAL_S, watching
 from hydradeploy.profiler.monitor import Watch as Monitor
-from hydradeploy.profiler.monitor import watching
 from hydradeploy.profiler.plan import Job, Plan, batch_of, call_s, chosen, jobs_of, plan_of, scaled, sentence
-from hydradeploy.profiler.presets import Preset, Target, preset_of
+from hydradeploy.profiler.presets import Preset, Target, metered, preset_of
 from hydradeploy.profiler.rounds import Clock, Launch, Report, Rounds, Unwatched, Watch, Watching
 from hydradeploy.profiler.sampling import Sampling
 from hydradeploy.stats.basics import median
@@ -79,6 +80,12 @@ class _Setting:
     threads: Sequence[int]
     preset: Preset
 
+    def metered(self, interval_s: float) -> _Setting:
+        """Where there is a meter, which is read so often, with processes that call for as long as it takes."""
+        if self.here.meter() is None:
+            return self
+        return replace(self, preset=metered(self.preset, window_s(interval_s)))
+
     def jobs(self, files: Mapping[int, str]) -> list[Job]:
         return jobs_of(self.bundle, self.ways.found, self.threads, files, self.preset, self.here.kind)
 
@@ -123,8 +130,11 @@ def profile(
     setting = _with_engines(setting, EngineOptions(build=build), report, say)
     if watch is None:
         watch = _watching(setting.here.kind, lock_clocks) if here is None else lambda: nullcontext(Unwatched())
+    preset = setting.preset  # without what depends on how fast the sensors are today
     with setting.inputs() as files, watch() as watcher:
         _tell_cost(watcher, say)
+        if watcher.why_not is None:
+            setting = setting.metered(watcher.interval_s)
         device, began = setting.here.identity(), setting.here.conditions(_software())
         jobs = setting.jobs(files)
         for line in setting.ways.left_out:
@@ -133,7 +143,7 @@ def profile(
         header = journals.Header(
             device=device,
             conditions=began,
-            preset=setting.preset,
+            preset=preset,
             target=order.target,
             cells=tuple(job.key for job in jobs),
         )
@@ -168,7 +178,7 @@ def plan(
 
     Raises what `profile` raises.
     """
-    setting = _setting(bundle, order, here)
+    setting = _setting(bundle, order, here).metered(INTERVAL_S)
     with setting.inputs() as files:
         jobs = setting.jobs(files)
         found = _plan(setting, order, jobs, read_profiles(profiles), setting.here.identity())

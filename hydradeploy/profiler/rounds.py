@@ -51,6 +51,9 @@ class Watch(Protocol):
     @property
     def why_not(self) -> str | None: ...
 
+    @property
+    def interval_s(self) -> float: ...
+
     def between(self, started_s: float, ended_s: float) -> tuple[Reading, ...]: ...
 
     def cores_for(self, threads: int) -> frozenset[int] | None: ...
@@ -61,6 +64,7 @@ class Unwatched:
     """Nobody looks at the device meanwhile."""
 
     why_not: str | None = "nobody watched"
+    interval_s: float = 0.0
 
     def between(self, started_s: float, ended_s: float) -> tuple[Reading, ...]:
         return ()
@@ -135,11 +139,11 @@ class Rounds:
         except MissingError as error:
             return Entry(round=number, cell=cell, wall_s=self.clock() - began, error=error.message)
         wall_s = self.clock() - began
-        readings = self.watch.between(measured.started_s, measured.ended_s)
-        images = len(measured.latency_s) * batch_of(self.jobs[cell].artifact)
+        readings = self.watch.between(measured.started_s, measured.called_until_s)
+        images = measured.calls * batch_of(self.jobs[cell].artifact)
         metered = idle
         if idle.value is not None:
-            metered = energy_j(readings, measured.started_s, measured.ended_s, idle.value, images)
+            metered = energy_j(readings, measured.started_s, measured.called_until_s, idle.value, images)
         found = evidence(readings, measured.started_s, measured.ended_s)
         return Entry(
             round=number,

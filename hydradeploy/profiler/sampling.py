@@ -37,7 +37,8 @@ class Sampling(Record, frozen=True, kw_only=True):
     Warm-up lasts until `warmup` calls and `warmup_s` seconds are reached, and then until calls are steady or `settle_s`
     more seconds have passed. Sampling lasts until `samples` and `seconds` are both reached; `at_most` samples are
     taken. `pace_hz` calls on a schedule instead of back to back, `concurrency` from several callers at once; `switches`
-    first calls after another model's are timed at the end.
+    first calls after another model's are timed at the end. Calls go on after the samples, without being kept, until
+    they have lasted `metered_s`.
 
     `sustain` starts as cold as the minimum of warm-up allows, so that the burst is among the samples, and goes on until
     the device is as warm as it gets, `settle_s` seconds at most; `at_most` does not apply.
@@ -53,6 +54,7 @@ class Sampling(Record, frozen=True, kw_only=True):
     concurrency: int = 1
     switches: int = 0
     sustain: bool = False
+    metered_s: float = 0.0
 
 
 class Measured(Record, frozen=True, kw_only=True):
@@ -62,7 +64,8 @@ class Measured(Record, frozen=True, kw_only=True):
     Of several callers the order is that of completion; of calls on a schedule a latency counts from the intended
     arrival. `warmup` counts calls. `steady` is whether the warm-up ended steadily and calls kept up with their
     schedule, None where the warm-up was too short to tell. `started_s` and `ended_s` are the first sample's begin and
-    the last one's end on the monotonic clock. `settled_from` is the first sample of a `sustain` run that is as slow as
+    the last one's end on the monotonic clock. `unkept` calls were made beyond the samples, the last of which was done
+    `unkept_s` after the last sample. `settled_from` is the first sample of a `sustain` run that is as slow as
     it gets, None where it never settled. Among the `facts`, `overload` says how a schedule was too fast, `graph_failed`
     why calls ran without the CUDA graph asked for, and `device_s` how long the median call took on the GPU.
     """
@@ -75,10 +78,22 @@ class Measured(Record, frozen=True, kw_only=True):
     latency_s: tuple[float, ...]
     started_s: float = 0.0
     ended_s: float = 0.0
+    unkept: int = 0
+    unkept_s: float = 0.0
     switch_s: tuple[float, ...] = ()
     settled_from: int | None = None
     memory_bytes: int | None
     facts: dict[str, str]
+
+    @property
+    def calls(self) -> int:
+        """Samples, and calls beyond them."""
+        return len(self.latency_s) + self.unkept
+
+    @property
+    def called_until_s(self) -> float:
+        """When the last of those was done."""
+        return self.ended_s + self.unkept_s
 
 
 def measure(
@@ -110,7 +125,7 @@ def measure(
         first_s = caller.once()
         warm_up, sampler = _WarmUp(sampling, clock), _Sampler(sampling, clock, settled)
         warmed = caller.call(warm_up.goes_on)
-        taken = caller.call(sampler.goes_on)
+        taken = caller.call(sampler.goes_on, sampling.metered_s)
         after = occupied_bytes()
         overload = _overload(taken, sampling)
         return Measured(
@@ -122,6 +137,8 @@ def measure(
             latency_s=tuple(taken.latency_s),
             started_s=taken.started_s,
             ended_s=taken.ended_s,
+            unkept=taken.unkept,
+            unkept_s=max(0.0, taken.until_s - taken.ended_s),
             switch_s=_switches(runner, other, options, caller, preprocessing, sampling.switches),
             settled_from=sampler.settled_from,
             memory_bytes=_grown(before, after),

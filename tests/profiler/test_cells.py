@@ -40,6 +40,7 @@ class Watching:
 
     readings: Readings = lambda number, started_s, ended_s: ()
     why_not: str | None = None
+    interval_s: float = 0.25
     windows: int = 0
 
     def between(self, started_s: float, ended_s: float) -> tuple[Reading, ...]:
@@ -328,7 +329,6 @@ def test_processes_whose_energy_is_not_known_do_not_count(shared_bundle, tmp_pat
 NO_ENERGY = {
     "idle power not known": (powers(12.0, idle_w=None), {}, "no readings"),
     "below idling": (powers(4.0), {}, "not above idle: 4.00 W while measuring, 5.00 W before"),
-    "too short": (powers(12.0), {"preset": "quick"}, "0.50 s are too short for a meter, it takes 1 s"),
     "no meter read while idling": (
         lambda number, started_s, ended_s: around(started_s, ended_s, busy_s=1.0),
         {},
@@ -350,6 +350,77 @@ def test_where_there_is_no_energy_there_is_the_reason_and_no_meter(shared_bundle
     assert cell.missing["energy"] == reason
     assert "energy_j" not in cell.evidence
     assert cell.error is None
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_calls_go_on_beyond_few_samples_for_as_long_as_the_meter_takes(shared_bundle, tmp_path, idling, counted):
+    """48 calls of a 32nd of a second are 1.5 s, of which the samples are those there are without a meter."""
+    launch = Launch(lambda _: repeat(1 / 32))
+    cell = metered(shared_bundle, tmp_path / "m", idling, powers(12.0, counted=counted), preset="quick", launch=launch)
+    assert cell.energy_j == pytest.approx(7 / 32)
+    assert cell.evidence["energy_j"] == pytest.approx([7 / 32] * 5)
+    assert [answer.calls for answer in launch.answers] == [48] * 5
+    other = metered(shared_bundle, tmp_path / "o", idling, powers(12.0), preset="quick", here=Here())
+    assert (cell.latency_s, cell.process) == (other.latency_s, other.process)
+
+
+def test_the_energy_of_calls_beyond_the_samples_counts_by_all_calls(shared_bundle, tmp_path, idling):
+    """A process of calls twice as long makes half as many in the same time, at 9 W above idling."""
+    numbers = count()
+    launch = Launch(lambda _: repeat((2 - (next(numbers) > 0)) / 32))
+    cell = metered(shared_bundle, tmp_path, idling, powers(14.0, *[8.0] * 4), preset="quick", launch=launch)
+    assert [answer.calls for answer in launch.answers] == [24, 48, 48, 48, 48]
+    assert cell.energy_j == pytest.approx((24 * 9 * 2 + 4 * 48 * 3) / (24 + 4 * 48) / 32)
+
+
+def test_sensors_that_are_read_seldom_take_longer(shared_bundle, tmp_path, idling):
+    launch = Launch(lambda _: repeat(1 / 32))
+    watch = Watching(powers(12.0), interval_s=0.5)
+    options = {"launch": launch, "here": Metered(), "clock": idling, **ONE}
+    profile(shared_bundle, tmp_path, watch=lambda: watch, **options)
+    assert [answer.calls for answer in launch.answers] == [96] * 5
+
+
+@pytest.mark.parametrize(("here", "why_not"), [(Here(), None), (Metered(), "the monitor did not answer within 10 s")])
+def test_without_readings_of_a_meter_no_calls_go_on(shared_bundle, tmp_path, idling, here, why_not):
+    launch = Launch(lambda _: repeat(1 / 32))
+    watch = Watching(why_not=why_not)
+    profile(shared_bundle, tmp_path, watch=lambda: watch, launch=launch, here=here, clock=idling, **ONE)
+    assert {answer.unkept for answer in launch.answers} == {0}
+
+
+def test_what_happens_beyond_the_samples_flags_nothing(shared_bundle, tmp_path, idling):
+    """Sixteen samples last half a second, what the others do begins a quarter of a second later."""
+
+    def look(number: int, started_s: float, ended_s: float) -> list[Reading]:
+        late = started_s + 0.75
+        return around(
+            started_s,
+            ended_s,
+            energy_j=lambda t: (5.0 if number == 0 else 12.0) * t,
+            cgroup_throttled=lambda t: t > late,
+        )
+
+    cell = metered(shared_bundle, tmp_path, idling, look, preset="quick")
+    assert cell.energy_j is not None
+    assert cell.flags == ()
+
+
+def test_a_run_goes_on_where_sensors_take_longer_than_when_it_began(shared_bundle, tmp_path, idling):
+    launch = Launch(lambda _: repeat(1 / 32))
+
+    def cut_short(request: Request, **options: Any) -> Measured:
+        if len(launch.requests) == 2:
+            raise KeyboardInterrupt
+        return launch(request, **options)
+
+    options = {"here": Metered(), "clock": idling, **ONE}
+    with pytest.raises(KeyboardInterrupt):
+        profile(shared_bundle, tmp_path, watch=lambda: Watching(powers(12.0)), launch=cut_short, **options)
+    slower = Watching(powers(12.0), interval_s=0.5)
+    cell = profile(shared_bundle, tmp_path, watch=lambda: slower, launch=launch, resume=True, **options).cells[0]
+    assert [answer.calls for answer in launch.answers] == [48, 48, 96, 96, 96]
+    assert cell.energy_j == pytest.approx(7 / 32)
 
 
 def test_a_machine_without_a_meter_gives_its_own_reason_and_does_not_idle(shared_bundle, tmp_path, idling):

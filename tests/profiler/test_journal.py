@@ -70,6 +70,8 @@ answers = st.builds(
     latency_s=st.lists(st.floats(1e-9, 1e6), min_size=1, max_size=5).map(tuple),
     started_s=seconds,
     ended_s=seconds,
+    unkept=st.integers(0, 1000),
+    unkept_s=seconds,
     switch_s=st.lists(seconds, max_size=3).map(tuple),
     settled_from=st.none() | st.just(0),
     memory_bytes=st.none() | st.integers(0, 1 << 60),
@@ -194,7 +196,7 @@ def test_garbage_in_the_first_line_is_refused_with_file_and_line(path, garbage):
 
 def test_a_journal_of_another_version_is_refused_with_both(path):
     written(path, [], msgspec.structs.replace(HEADER, schema=9))
-    with pytest.raises(IntegrityError, match="schema 9, this version reads 2"):
+    with pytest.raises(IntegrityError, match="schema 9, this version reads 3"):
         resumed(path)
 
 

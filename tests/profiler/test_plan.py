@@ -68,6 +68,21 @@ def test_a_plan_expects_what_was_measured_before(shared_bundle, tmp_path):
     assert found.at_most_s == QUICK.wall_s
 
 
+def test_a_plan_counts_what_calls_last_for_a_meter(shared_bundle, tmp_path):
+    """1.5 s a process where a meter is read four times a second."""
+
+    class Metered(Here):
+        def meter(self) -> str | None:
+            return "VDD_IN, module"
+
+    profile(shared_bundle, tmp_path, launch=Launch(by_heads), here=Here(), **FP32)
+    found, plain = (plan(shared_bundle, tmp_path, here=here) for here in (Metered(), Here()))
+    shorter = [max(0.0, 1.5 - math.ceil(QUICK.samples / QUICK.rounds) * call_s) for call_s in (2 / 64, 4 / 64)]
+    assert shorter[0] > 0.5
+    assert found.expected_s == pytest.approx(plain.expected_s + QUICK.rounds * sum(shorter))
+    assert found.cells == plain.cells
+
+
 def test_a_run_says_what_it_expects_before_it_measures(shared_bundle, tmp_path):
     told: list[str] = []
     profile(shared_bundle, tmp_path, launch=Launch(by_heads), here=Here(), say=told.append, **FP32)

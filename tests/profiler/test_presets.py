@@ -19,6 +19,7 @@ from hydradeploy.profiler.presets import (
     Pilot,
     Preset,
     Target,
+    metered,
     preset_of,
     regimes,
     samples_after,
@@ -238,6 +239,17 @@ def test_what_a_process_takes_beyond_sampling_is_never_negative():
     assert found.call_s == pytest.approx(0.5)
     assert found.overhead_s == pytest.approx(1.0)
     assert Pilot(found.measured, 4.0).overhead_s == 0.0
+
+
+def test_what_a_process_calls_for_a_meter_is_no_overhead_and_no_process_takes_less():
+    """Ten samples of 5 s and calls for 3 s more; of less time than a meter takes, all of it gives samples."""
+    found = Pilot(msgspec.structs.replace(pilot(0.5, 10).measured, unkept=6, unkept_s=3.0), 9.0)
+    assert found.overhead_s == pytest.approx(1.0)
+    preset = metered(PRESETS["quick"], 30.0)
+    assert found.process_s(preset.sampling, 20) == pytest.approx(31.0)
+    assert found.process_s(preset.sampling, 80) == pytest.approx(41.0)
+    short = msgspec.structs.replace(preset, wall_s=1.0, samples=500)
+    assert samples_after(short, P95, [found]) == [60]
 
 
 def test_a_schedule_takes_its_period_for_each_sample():

@@ -375,7 +375,7 @@ def test_a_process_stays_off_the_core_of_the_monitor_where_all_its_threads_fit_o
     profile(shared_bundle, tmp_path, launch=launch, here=Steady(), watch=lambda: watch, **order)
     assert set(watch.threads) == {threads}
     assert {request.cores for request in launch.requests} == {cores}
-    assert watch.asked == [(answer.started_s, answer.ended_s) for answer in launch.answers]
+    assert watch.asked == [(answer.started_s, answer.called_until_s) for answer in launch.answers]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

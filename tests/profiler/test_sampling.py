@@ -13,6 +13,7 @@ from math import exp
 from pathlib import Path
 from threading import Barrier, Event, Lock
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -108,6 +109,35 @@ def test_every_sample_is_a_call_in_order_after_first_run_and_warm_up(how, ticks,
     assert found.first_s == ticks[0] * TICK
     assert found.warmup == warmup
     assert found.latency_s == tuple(tick * TICK for tick in ticks[1 + warmup : 1 + warmup + samples])
+
+
+@pytest.mark.parametrize(
+    ("how", "samples", "calls"),
+    [
+        (sampling(samples=5, metered_s=1.0), 5, 16),
+        (sampling(samples=5, at_most=5, metered_s=1.001), 5, 17),
+        (sampling(samples=20, metered_s=1.0), 20, 20),
+        (sampling(samples=5, seconds=1.0, metered_s=1.0), 16, 16),
+        (sampling(samples=5, concurrency=2, metered_s=0.5), 5, None),
+        (sampling(samples=5, pace_hz=8.0, metered_s=1.5), 5, 13),
+        (sampling(samples=20, pace_hz=8.0, metered_s=1.5), 20, 20),
+    ],
+    ids=lambda value: str(value).removeprefix("Sampling"),
+)
+def test_calls_go_on_unkept_until_they_have_lasted_as_long_as_a_meter_takes(how, samples, calls):
+    """Each call takes a sixteenth of a second."""
+    found = measured([1 / 16], how)
+    assert len(found.latency_s) == samples
+    assert found.calls == calls or calls is None
+    assert found.called_until_s - found.started_s >= how.metered_s
+    plain = measured([1 / 16], msgspec.structs.replace(how, metered_s=0.0))
+    assert found.latency_s == plain.latency_s or how.concurrency > 1
+    assert plain.calls == samples or how.concurrency > 1
+
+
+def test_what_is_unkept_ends_with_its_last_call():
+    found = measured([1 / 16], sampling(samples=5, metered_s=0.99))
+    assert (found.ended_s - found.started_s, found.unkept, found.unkept_s) == (5 / 16, 11, 11 / 16)
 
 
 def test_the_window_of_the_samples_is_told_on_the_clock():
