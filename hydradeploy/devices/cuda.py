@@ -85,6 +85,7 @@ class Cuda:
     kind: str = "cuda"
     processors: tuple[str, ...] = ("cuda",)
     _occupied_at_first: tuple[int, int | None] | None = None
+    _pinned_hz: dict[str, float] = field(default_factory=dict)
 
     def why_not(self) -> str | None:
         if Jetson(self.root).why_not() is None:
@@ -130,7 +131,8 @@ class Cuda:
         Beyond the common names: `power_capped`, whether a limit of power holds the clocks down, and `power_capped_s`,
         for how long it did; `gpu_bytes`, memory of `ours` on the GPU; `foreign_graphics.gpu`, programs that draw.
         """
-        gauges = {**self._linux.gauges(), **self._answers(_GAUGES), **self._events(), **self._processes(ours)}
+        gpu = {**self._answers(_GAUGES), **self._pinned_hz, **self._events(), **self._processes(ours)}
+        gauges = {**self._linux.gauges(), **gpu}
         counters = {**self._linux.counters(), **self._answers(_COUNTERS)}
         energy_j = self._energy_j()
         power_w = self._power_w() if energy_j is None else None
@@ -178,7 +180,10 @@ class Cuda:
         return found
 
     def lock_clocks(self) -> AbstractContextManager[None]:
-        """At the highest while the block runs, then free: what was locked before cannot be asked for."""
+        """At the highest while the block runs, then free: what was locked before cannot be asked for.
+
+        What this machine reads meanwhile has that as `pinned_hz.sm`, for NVML tells nobody where clocks are locked.
+        """
         return self._pinned()
 
     @contextmanager
@@ -194,8 +199,11 @@ class Cuda:
                     )
                 if refused:
                     raise MissingError(f"the GPU's clocks cannot be pinned: {problems.pop('lock')}", hint=_UNPINNED)
+                assert highest is not None
+                self._pinned_hz["pinned_hz.sm"] = highest * 1e6
                 yield
             finally:
+                self._pinned_hz.clear()
                 if not refused and not ask("unlock", lambda nvml, gpu: not nvml.nvmlDeviceResetGpuLockedClocks(gpu)):
                     still = f"the GPU's clocks are still locked: {problems.pop('unlock')}"
                     raise MissingError(still, hint="sudo nvidia-smi --reset-gpu-clocks")

@@ -17,6 +17,7 @@ from hydradeploy.devices import nvml as nvml_module
 from hydradeploy.devices.cuda import Cuda
 from hydradeploy.devices.nvml import Nvml
 from hydradeploy.errors import ExitCode, MissingError
+from hydradeploy.profiler.flags import evidence, judge
 from tests.conftest import missing
 from tests.devices.fake_nvml import ERRORS, FUNCTIONS, Card, FakeNvml
 from tests.devices.trees import tree
@@ -428,6 +429,28 @@ def test_clocks_are_locked_at_the_highest_and_free_after():
         assert found.conditions({}).clocks == "pinned"
     assert library.cards[0].locked is None
     assert found.conditions({}).clocks == "floating"
+
+
+def test_a_clock_below_where_it_is_locked_is_seen_while_it_is():
+    """The card does 1755 MHz of 1980."""
+    found = cuda(FakeNvml())
+    assert "pinned_hz.sm" not in found.read(0.0).gauges
+    with found.lock_clocks():
+        looked = [found.read(at_s) for at_s in (0.0, 1.0, 2.0, 3.0)]
+    numbers = evidence(looked, 0.0, 3.0)
+    assert numbers["pinned_hz.sm"] == 1980e6
+    assert numbers["clock_shortfall.sm"] == pytest.approx(1 - 1755 / 1980)
+    (flag,) = (flag for flag in judge([numbers], cores=1 << 10) if "clock" in flag.remark)
+    assert flag.remark == "throttled: the sm clock was 11% below where it is pinned in 1 of 1 process"
+    assert "pinned_hz.sm" not in found.read(4.0).gauges
+
+
+@pytest.mark.parametrize("function", ["nvmlDeviceSetGpuLockedClocks", "nvmlDeviceResetGpuLockedClocks"])
+def test_a_clock_that_could_not_be_locked_or_freed_has_no_target_any_more(function):
+    found = cuda(FakeNvml(failing={function: ERRORS["NoPermission"]()}))
+    with pytest.raises(MissingError), found.lock_clocks():
+        pass
+    assert "pinned_hz.sm" not in found.read(0.0).gauges
 
 
 def test_clocks_that_another_process_of_ours_pins_are_known_to_be_pinned_until_it_ends_somehow():
