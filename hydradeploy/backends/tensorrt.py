@@ -39,7 +39,6 @@ class _Session:
         self._facts = {
             runner.name: module.version(runner.name),
             "gpu": cuda.gpu().name,
-            "threads": "default" if options.threads is None else str(options.threads),
             "compute_type": str(chosen.compute_type),
             **chosen.settings,
         }

@@ -66,7 +66,6 @@ class _Session:
             "torch": str(torch.__version__),
             "cuda": str(torch.version.cuda),
             "gpu": torch.cuda.get_device_name(),
-            "threads": "default" if options.threads is None else str(options.threads),
             "compute_type": self._kind,
             **chosen.settings,
         }

@@ -93,7 +93,9 @@ def profile(
     ] = None,
     heads: Annotated[str | None, typer.Option(help="Head counts: 3,6,9-12. Default: all in the bundle.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32,fp16. Default: all in the bundle.")] = None,
-    threads: Annotated[str | None, typer.Option(help="Thread counts: 1,2. Default: one per usable core.")] = None,
+    threads: Annotated[
+        str | None, typer.Option(help="Thread counts on the CPU: 1,2. Default: one per usable core.")
+    ] = None,
     preset: Annotated[
         str, typer.Option(help="How many samples to take: quick, standard, gate; or sustained.")
     ] = "quick",

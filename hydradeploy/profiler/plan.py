@@ -121,7 +121,7 @@ def jobs_of(
     preset: Preset,
     device: str,
 ) -> list[Job]:
-    """Every artifact in every way with every count of threads.
+    """Every artifact in every way with every count of threads; on a GPU with one, for there a call has no others.
 
     A switch is timed from the artifact before it that is run alike, of the first from the last; where there is only
     one, there is nothing to switch from.
@@ -130,7 +130,7 @@ def jobs_of(
     for way in ways:
         artifact, alike = way.artifact, [other.artifact for other in ways if _alike(way, other)]
         other = alike[alike.index(artifact) - 1] if len(alike) > 1 and preset.sampling.switches else None
-        for count in threads:
+        for count in threads if way.runner.processor == "cpu" else (1,):
             request = Request(
                 bundle=str(bundle.path.resolve()),
                 artifact=artifact.name,

@@ -43,8 +43,8 @@ class Order:
 
     `backends` None is the first usable one, `all` among them is every usable one; `compute_types` None is the default
     of each artifact. `settings` are values to try, for the backends that have them. `threads` None is one per usable
-    core. `pace_hz` calls on a schedule, `concurrency` from so many callers at once. `target` is the percentile that the
-    samples are to carry, `max_time_s` what they are cut to.
+    core, and on a GPU it is one whatever is given. `pace_hz` calls on a schedule, `concurrency` from so many callers at
+    once. `target` is the percentile that the samples are to carry, `max_time_s` what they are cut to.
     """
 
     device: str | None = None

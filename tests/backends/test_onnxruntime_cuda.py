@@ -38,7 +38,8 @@ from tests.backends.test_conformance import (
     test_it_runs_fp32_and_that_in_fp32_by_default,  # noqa: F401
     test_logits_are_float32_on_the_host_and_the_callers_own,  # noqa: F401
     test_sessions_in_threads_do_not_disturb_each_other,  # noqa: F401
-    test_threads_do_not_change_the_answer_and_are_on_record,  # noqa: F401
+    test_threads_are_on_record_where_a_runtime_is_given_them,  # noqa: F401
+    test_threads_do_not_change_the_answer,  # noqa: F401
 )
 from tests.conftest import require
 from tests.engines.fakes import FakeCuda, nothing_left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
@@ -52,6 +53,30 @@ def test_each_artifact_is_measured_by_every_backend_that_runs_it(shared_bundle, 
         *("h02-fp16 onnxruntime fp16", "h04-fp16 onnxruntime fp16"),
     ]
     assert told[0] == "left out: h02-fp16, h04-fp16: abacus does not run fp16 here"
+
+
+def test_on_a_gpu_there_is_one_cell_whatever_the_threads(shared_bundle, tmp_path, monkeypatch):
+    """On a machine with both, every count is a cell of what computes on the processor."""
+
+    @dataclass(frozen=True)
+    class Both(Here):
+        processors: tuple[str, ...] = ("cpu", "cuda")
+
+    install(monkeypatch, Fake("lamp", {"fp32": ("fp32",)}, processor="cuda"))
+    launch = Launch()
+    done = profile(
+        shared_bundle,
+        tmp_path,
+        launch=launch,
+        here=Both(),
+        backends=("onnxruntime", "lamp"),
+        precisions=("fp32",),
+        heads=(2,),
+        threads=(2, 4),
+    )
+    found = [(cell.backend, cell.processor, cell.threads) for cell in done.cells]
+    assert found == [("onnxruntime", "cpu", 2), ("onnxruntime", "cpu", 4), ("lamp", "cuda", 1)]
+    assert {r.options.threads for r in launch.requests if r.backend == "lamp"} == {1}
 
 
 def test_every_compute_type_asked_for_is_a_cell_and_what_the_child_is_asked_for(shared_bundle, tmp_path, abacus):
