@@ -107,7 +107,7 @@ def train(
     The paper's method: one random head count per step. Ctrl-C leaves a usable supernet; --resume goes on exactly.
     """
     heads = None if trained_heads is None else parse_heads(trained_heads)
-    weights = None if sample_weights is None else tuple(round(value) for value in given.floats(sample_weights))
+    weights = None if sample_weights is None else given.counts(sample_weights)
     with extra("train"):
         from hydradeploy.training import config as configs
         from hydradeploy.training.presets import suited
@@ -127,13 +127,12 @@ def train(
             "running": {**how, **told},
         }
     )
-    start = configs.preset_named(name)
-    # What is wrong in the file is said of the file, before the options are laid over it.
-    if config is not None:
-        configs.resolved(start, str(config), written)
-    chosen, running = configs.resolved(start, "options", written, options)
+    where = "options" if config is None else f"{config}, with the options"
+    chosen, running = configs.resolved(configs.preset_named(name), where, written, options)
+    teacher = teacher or configs.file(written, "teacher", where)
+    init_from = init_from or configs.file(written, "init_from", where)
     if show_config:
-        print(configs.shown(name, chosen, running), end="")
+        print(configs.shown(name, chosen, running, {"teacher": teacher, "init_from": init_from}), end="")
         return
     with progress() as report:
         trained = call(

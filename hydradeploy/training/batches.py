@@ -120,17 +120,28 @@ def source(dataset: Dataset, spec: Spec, recipe: Recipe, workers: int) -> Source
     if bytes_ <= _IN_MEMORY and recipe.augment == Augmentation(
         shift=recipe.augment.shift, mixup=recipe.augment.mixup, cutmix=recipe.augment.cutmix
     ):
-        pixels = np.stack([dataset.pixels(i, spec) for i in range(len(dataset))])
-        return InMemory(pixels, dataset.labels, spec, recipe)
+        return InMemory(dataset, spec, recipe)
     return Streamed(dataset, spec, recipe, workers)
 
 
 class InMemory:
-    """All images in memory, as uint8 (n, s, s, channels)."""
+    """All images in memory, as uint8 (n, s, s, channels); one that cannot be read is the next one that can."""
 
-    def __init__(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64], spec: Spec, recipe: Recipe) -> None:
-        self._pixels, self._labels = pixels, labels
+    def __init__(self, dataset: Dataset, spec: Spec, recipe: Recipe) -> None:
+        g = spec.geometry
         self._spec, self._recipe = spec, recipe
+        self._pixels = np.zeros((len(dataset), g.image_size, g.image_size, g.channels), np.uint8)
+        self._labels, bad = dataset.labels.copy(), {}
+        for i in range(len(dataset)):
+            try:
+                self._pixels[i] = dataset.pixels(i, spec)
+            except InputError as error:
+                bad[i] = error.message
+        good = np.setdiff1d(np.arange(len(dataset)), list(bad))
+        for i in bad if len(good) else ():
+            other = good[np.searchsorted(good, i) % len(good)]
+            self._pixels[i], self._labels[i] = self._pixels[other], self._labels[other]
+        self._bad = tuple(bad.items())
 
     @cached_property
     def sha256(self) -> str:
@@ -143,15 +154,19 @@ class InMemory:
     def steps(self, order: Order, first: int, last: int, share: Share) -> Batches:
         """See Source."""
         most = round(self._recipe.augment.shift * self._pixels.shape[1])
+        bad = self._bad
         for step in range(first, last):
             _, chosen = order.of(step)
             moves = _moves(most, len(chosen), self._recipe.seed, step)
             for piece in share.pieces(np.arange(len(chosen))):
                 pixels = _moved(self._pixels[chosen[piece]], most, moves[piece])
-                yield self._batch(pixels, chosen[piece])
+                yield replace(self._batch(pixels, chosen[piece]), bad=bad)
+                bad = ()
 
     def plainly(self, places: Sequence[int]) -> Iterator[Batch]:
         """See Source."""
+        for _, reason in self._bad:
+            raise InputError(reason)
         for start in range(0, len(places), _BATCH):
             chosen = np.asarray(places[start : start + _BATCH], np.int64)
             yield self._batch(self._pixels[chosen], chosen)
@@ -166,7 +181,10 @@ class Streamed:
 
     def __init__(self, dataset: Dataset, spec: Spec, recipe: Recipe, workers: int) -> None:
         self._dataset, self._spec, self._recipe, self._workers = dataset, spec, recipe, workers
-        names = "\0".join(dataset.class_names).encode()
+        # Which images in which order, wherever the data set lies; reading them all would take as long as an epoch.
+        places = [dataset.where(i) for i in range(len(dataset))]
+        root = len(os.path.commonpath(places)) if places else 0
+        names = "\0".join((*dataset.class_names, *(place[root:] for place in places))).encode()
         self.sha256 = hashlib.sha256(dataset.labels.astype("<i8").tobytes() + names).hexdigest()
 
     def __len__(self) -> int:

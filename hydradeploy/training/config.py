@@ -1,6 +1,9 @@
 """A run as a TOML file: every option of geometry, preprocessing, recipe and running; the preset has what is left out.
 
+What the preset has and the run shall not have is "none".
+
 preset = "hydravit-imagenet"
+teacher = "deit_base.safetensors"
 
 [geometry]
 trained_heads = [9, 10, 11, 12]
@@ -23,16 +26,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from hydradeploy.errors import InputError, UsageError, environment
+from hydradeploy.spec import Geometry, Preprocessing, Record
 from hydradeploy.training.presets import PRESETS
-from hydradeploy.training.recipe import Preset
+from hydradeploy.training.recipe import Preset, Recipe
 from hydradeploy.training.running import Running
 
-_PARTS = ("geometry", "preprocessing", "recipe")
+_KINDS: Mapping[str, type[Record]] = {"geometry": Geometry, "preprocessing": Preprocessing, "recipe": Recipe}
+_PARTS = tuple(_KINDS)
+# Files that decide the result too.
+FILES = ("teacher", "init_from")
+_NONE = "none"
 
 
 def preset_named(name: str) -> Preset:
@@ -68,11 +76,12 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def tables(preset: Preset, running: Running) -> dict[str, Any]:
-    """The tables that say all of a run; fields that are None are left out, as TOML has no such value."""
-    whole = {part: getattr(preset, part) for part in _PARTS} | {"running": running}
-    found: dict[str, Any] = without_none(msgspec.to_builtins(whole))
-    return found
+def file(given: Mapping[str, Any], name: str, where: str) -> Path | None:
+    """One of FILES, where it is given; raises UsageError for what is no text."""
+    value = given.get(name)
+    if not isinstance(value, str | None):
+        raise UsageError(f"{where}: {name} must be a file's name in quotes, got {value!r}")
+    return None if value in (None, _NONE) else Path(value)
 
 
 def resolved(preset: Preset, where: str, *layers: Mapping[str, Any]) -> tuple[Preset, Running]:
@@ -82,30 +91,70 @@ def resolved(preset: Preset, where: str, *layers: Mapping[str, Any]) -> tuple[Pr
     """
     given = merged(*layers)
     for part in given:
-        if part not in (*_PARTS, "running", "preset"):
+        if part not in (*_PARTS, "running", "preset", *FILES):
             raise UsageError(f"{where}: no table `{part}`", hint=f"the tables are {', '.join((*_PARTS, 'running'))}")
     geometry = given.get("geometry")
-    if isinstance(geometry, dict) and "heads" not in geometry and geometry.get("trained_heads"):
-        given["geometry"] = geometry | {"heads": max(geometry["trained_heads"])}
-    all_ = merged(tables(preset, Running()), given)
+    if isinstance(geometry, dict) and "heads" not in geometry:
+        trained = geometry.get("trained_heads")
+        if isinstance(trained, list | tuple) and trained and all(isinstance(heads, int) for heads in trained):
+            given["geometry"] = geometry | {"heads": max(trained)}
+    all_ = merged(_plain(preset, Running()), given)
     try:
         return (
-            msgspec.convert({part: all_[part] for part in _PARTS}, Preset),
-            msgspec.convert(all_["running"], Running, strict=True),
+            msgspec.convert({part: _with_none(all_[part], kind) for part, kind in _KINDS.items()}, Preset),
+            msgspec.convert(_with_none(all_["running"], Running), Running, strict=True),
         )
     except (msgspec.ValidationError, TypeError) as error:
         raise UsageError(f"{where}: {error}", hint="hydradeploy train --show-config prints every option") from error
 
 
-def shown(name: str, preset: Preset, running: Running) -> str:
+def shown(name: str, preset: Preset, running: Running, files: Mapping[str, Path | None]) -> str:
     """The TOML text of a run that began as the preset of that name; `read` and `resolved` give the run again."""
     import tomli_w
 
-    return tomli_w.dumps({"preset": name} | tables(preset, running))
+    top = {"preset": name} | {what: str(path) for what, path in files.items() if path is not None}
+    told = _told(_plain(preset, running), _plain(preset_named(name), Running()))
+    return tomli_w.dumps(top | told)
+
+
+def _plain(preset: Preset, running: Running) -> dict[str, Any]:
+    """The tables that say all of a run."""
+    whole = {part: getattr(preset, part) for part in _PARTS} | {"running": running}
+    found: dict[str, Any] = msgspec.to_builtins(whole)
+    return found
+
+
+def _told(values: Mapping[str, Any], without: Mapping[str, Any]) -> dict[str, Any]:
+    """As TOML has it, which has no None: left out where it is None without being told too."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        other = without[name]
+        if isinstance(value, dict):
+            found[name] = _told(value, other)
+        elif value is not None:
+            found[name] = value
+        elif other is not None:
+            found[name] = _NONE
+    return found
+
+
+def _with_none(values: Any, kind: type[Record]) -> Any:
+    """None for "none" in the fields that may be None."""
+    if not isinstance(values, dict):
+        return values
+    found = dict(values)
+    for field in msgspec.structs.fields(kind):
+        value = found.get(field.name)
+        if isinstance(value, dict) and isinstance(field.type, type) and issubclass(field.type, Record):
+            found[field.name] = _with_none(value, field.type)
+        elif value == _NONE and type(None) in get_args(field.type):
+            found[field.name] = None
+    return found
 
 
 def without_none(value: Any) -> Any:
-    """Tables without the fields that are None, at any depth."""
+    """Tables without the fields that are None, and without those that then are empty, at any depth."""
     if isinstance(value, dict):
-        return {name: without_none(inner) for name, inner in value.items() if inner is not None}
+        inside = {name: without_none(inner) for name, inner in value.items()}
+        return {name: inner for name, inner in inside.items() if inner is not None and inner != {}}
     return value

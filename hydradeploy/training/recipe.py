@@ -92,6 +92,9 @@ class Recipe(Record, frozen=True, kw_only=True):
             raise ValueError("warmup_epochs, cooldown_epochs and seed must be at least 0")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
+        for field in ("warmup_from", "final_rate", "weight_decay"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field} must be at least 0 and finite, got {getattr(self, field)}")
         if not (0 <= self.label_smoothing < 1 and 0 <= self.ema_decay < 1 and 0 <= self.drop_path < 1):
             raise ValueError("label_smoothing, ema_decay and drop_path must be 0 to 1")
 
@@ -150,6 +153,12 @@ class Preset(Record, frozen=True, kw_only=True):
     geometry: Geometry
     preprocessing: Preprocessing
     recipe: Recipe
+
+    def __post_init__(self) -> None:
+        for field in ("mean", "std"):
+            count = len(getattr(self.preprocessing, field))
+            if count != self.geometry.channels:
+                raise ValueError(f"{field} has {count} values for {self.geometry.channels} channels")
 
     def spec(self, class_names: tuple[str, ...]) -> Spec:
         """The spec of a supernet for these classes."""

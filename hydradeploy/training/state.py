@@ -27,6 +27,7 @@ class Progress(Record, frozen=True, kw_only=True):
     recipe: Recipe
     data_sha256: str
     teacher_sha256: str | None = None
+    init_sha256: str | None = None
     processes: int = 1
     accumulate: int = 1
     step: int
@@ -86,6 +87,9 @@ def check_same(found: Progress, asked: Progress, path: Path) -> None:
         differing.append("the training images")
     if found.teacher_sha256 != asked.teacher_sha256:
         differing.append("the teacher")
+    # A run that goes on has what it began with in it, and need not be told of it again.
+    if asked.init_sha256 not in (None, found.init_sha256):
+        differing.append("the supernet to start from")
     if found.spec.class_names != asked.spec.class_names:
         differing.append("the classes")
     if differing:

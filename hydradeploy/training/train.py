@@ -76,11 +76,11 @@ def train(
     if running.tensorboard is not None:
         metrics.check_tensorboard()
     with _enough(), ranks(running.device) as us, arithmetic(preset.recipe, running, len(preset.geometry.trained_heads)):
-        run = _prepared(data, preset, running, us, teacher, build)
+        small = None if init_from is None else store.load(init_from)
+        run = _prepared(data, preset, running, us, teacher, init_from, build)
         if resume:
             run.restore(out, say)
-        elif init_from is not None:
-            small = store.load(init_from)
+        elif small is not None:
             store.place(run.loop.model, small.tensors, small.spec.geometry)
             run.loop.reset_average()
         started = time.perf_counter()
@@ -128,6 +128,7 @@ def _prepared(
     running: Running,
     us: Ranks,
     teacher: Path | None,
+    init_from: Path | None,
     build: Callable[[Geometry], Supernet],
 ) -> _Run:
     recipe = preset.recipe
@@ -147,11 +148,13 @@ def _prepared(
         )
     workers = readers() if running.workers is None else running.workers
     images, held_out = source(dataset, spec, recipe, workers), source(validation, spec, recipe, workers)
+    teaching = None if teacher is None else _teacher(teacher, spec)
     progress = states.Progress(
         spec=spec,
         recipe=recipe,
         data_sha256=images.sha256,
         teacher_sha256=None if teacher is None else sha256_file(teacher),
+        init_sha256=None if init_from is None else sha256_file(init_from),
         processes=us.world,
         accumulate=running.accumulate,
         step=0,
@@ -164,7 +167,7 @@ def _prepared(
         running,
         us,
         order.steps,
-        None if teacher is None else _teacher(teacher, spec),
+        teaching,
     )
     return _Run(progress, running, us, images, held_out, order, loop)
 
@@ -180,6 +183,9 @@ def _teacher(path: Path, spec: Spec) -> Supernet:
             )
     if (one.preprocessing.mean, one.preprocessing.std) != (other.preprocessing.mean, other.preprocessing.std):
         raise InputError(f"{path}: the teacher's mean and std are not those of the supernet")
+    for theirs, ours in zip(one.class_names or (), other.class_names or (), strict=False):
+        if theirs != ours:
+            raise InputError(f"{path}: the teacher has class {theirs!r} where the data has {ours!r}")
     return weights.model()
 
 
@@ -212,7 +218,12 @@ class _Run:
             before, now = getattr(found.progress, field), getattr(self._progress, field)
             if before != now and self._us.first:
                 say(f"goes on with {now} {what}, not {before}: as well, but not bit by bit")
-        self._progress = msgspec.structs.replace(self._progress, step=found.progress.step, bad=found.progress.bad)
+        self._progress = msgspec.structs.replace(
+            self._progress,
+            step=found.progress.step,
+            bad=found.progress.bad,
+            init_sha256=found.progress.init_sha256,
+        )
         self._bad = dict.fromkeys(found.progress.bad, "")
         before, now = found.progress.recipe.learning_rate, self._recipe.learning_rate
         if before != now and self._us.first:
@@ -284,11 +295,7 @@ class _Run:
                 if index in self._bad:
                     continue
                 self._bad[index] = reason
-                if len(self._bad) > self._running.bad_images:
-                    raise InputError(
-                        f"{reason} ({len(self._bad)} images that cannot be read, {self._running.bad_images} allowed)",
-                        hint="mend or remove it, or let others take the place of so many with --bad-images",
-                    )
+                self._check_bad(reason)
                 say(f"{reason}; the next image takes its place ({len(self._bad)} so far)")
             yield batch
 
@@ -296,6 +303,14 @@ class _Run:
         if self._us.world > 1:
             for others in self._us.gathered(self._bad):
                 self._bad |= others
+            self._check_bad("; ".join(filter(None, self._bad.values())))
+
+    def _check_bad(self, reason: str) -> None:
+        if len(self._bad) > self._running.bad_images:
+            raise InputError(
+                f"{reason} ({len(self._bad)} images that cannot be read, {self._running.bad_images} allowed)",
+                hint="mend or remove it, or let others take the place of so many with --bad-images",
+            )
 
     def _line(self, losses: list[float], watch: _Watch) -> metrics.Line:
         step = self._progress.step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+import tomllib
 
 from hydradeploy.errors import InputError, UsageError
 from hydradeploy.training import config
@@ -24,6 +25,12 @@ def fields(record: type[msgspec.Struct]) -> set[str]:
     return found
 
 
+def shown(preset: Preset, running: Running) -> dict:
+    tables = tomllib.loads(config.shown("digits", preset, running, {}))
+    del tables["preset"]
+    return tables
+
+
 def flat(tables: dict) -> set[str]:
     found = set()
     for name, value in tables.items():
@@ -34,7 +41,7 @@ def flat(tables: dict) -> set[str]:
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_is_shown_is_read_back_as_the_same_run(tmp_path, name):
     running = Running(workers=3, tensorboard="board", save_every=7)
-    (tmp_path / "c.toml").write_text(config.shown(name, PRESETS[name], running))
+    (tmp_path / "c.toml").write_text(config.shown(name, PRESETS[name], running, {}))
     found = config.read(tmp_path / "c.toml")
     assert config.resolved(config.preset_named(found["preset"]), "c.toml", found) == (PRESETS[name], running)
 
@@ -44,7 +51,7 @@ def test_every_option_can_be_set_in_the_file():
     optional |= {"recipe.method.loss_weights", "running.device", "running.workers", "running.save_every"}
     optional |= {"running.tensorboard"}
     every = fields(Preset) | {f"running.{name}" for name in fields(Running)}
-    assert flat(config.tables(DIGITS, Running())) == every - optional
+    assert flat(shown(DIGITS, Running())) == every - optional
     given = {
         "recipe": {
             "augment": {"crop_scale": [0.2, 1.0], "randaugment": "rand-m9-mstd0.5-inc1", "shift": 0.0},
@@ -53,7 +60,33 @@ def test_every_option_can_be_set_in_the_file():
         "running": {"device": "cpu", "workers": 0, "save_every": 5, "tensorboard": "x"},
     }
     chosen, running = config.resolved(DIGITS, "test", given)
-    assert flat(config.tables(chosen, running)) == every
+    assert flat(shown(chosen, running)) == every
+
+
+def test_what_a_preset_has_can_be_left_out(tmp_path, cli: Cli):
+    (tmp_path / "c.toml").write_text("[recipe.augment]\nrandaugment = 'none'\ncrop_scale = 'none'\n")
+    start = ("train", "--data", "digits", "--preset", "hydravit-imagenet", "--show-config", "--config")
+    ran = cli(*start, tmp_path / "c.toml")
+    assert ran.code == 0, ran.err
+    (tmp_path / "shown.toml").write_text(ran.out)
+    chosen, _ = config.resolved(PRESETS["hydravit-imagenet"], "c.toml", config.read(tmp_path / "shown.toml"))
+    assert (chosen.recipe.augment.randaugment, chosen.recipe.augment.crop_scale) == (None, None)
+
+
+def test_files_that_decide_the_result_are_in_the_file_too(tmp_path, cli: Cli):
+    options = ("train", "--data", "digits", "--teacher", "t.safetensors", "--teacher-share", 0.5, "--init-from", "i")
+    (tmp_path / "shown.toml").write_text(cli(*options, "--show-config").out)
+    ran = cli("train", "--data", "digits", "--config", tmp_path / "shown.toml", "--out", tmp_path / "s")
+    assert (ran.code, "i: no such file" in ran.err) == (2, True), ran.err
+    (tmp_path / "bad.toml").write_text("teacher = 3\n")
+    ran = cli("train", "--data", "digits", "--config", tmp_path / "bad.toml", "--out", tmp_path / "s")
+    assert (ran.code, "teacher must be a file's name in quotes" in ran.err) == (2, True), ran.err
+
+
+def test_an_option_completes_what_the_file_says(tmp_path, cli: Cli):
+    (tmp_path / "c.toml").write_text("[recipe.method]\ndistil = 0.5\n")
+    ran = cli("train", "--data", "digits", "--config", tmp_path / "c.toml", "--anchors", "sandwich", "--show-config")
+    assert ran.code == 0, ran.err
 
 
 def test_later_layers_win_down_to_the_field_and_heads_follow_the_trained_ones():
@@ -79,6 +112,10 @@ def test_later_layers_win_down_to_the_field_and_heads_follow_the_trained_ones():
         ("[running]\nworkers = -1\n", "workers must be at least 0"),
         ("[data]\npath = 'x'\n", "no table `data`"),
         ("recipe = 3\n", "at `$.recipe`"),
+        ("[geometry]\ntrained_heads = 12\n", "at `$.geometry.trained_heads`"),
+        ("[geometry]\ntrained_heads = '3-6'\n", "at `$.geometry.trained_heads`"),
+        ("[geometry]\nchannels = 3\n", "mean has 1 values for 3 channels"),
+        ("[recipe]\nweight_decay = -0.1\n", "weight_decay must be at least 0"),
         ("geometry = 'x'\n", "at `$.geometry`"),
         ("preset = 'imagenet'\n", "no preset 'imagenet'"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,11 @@ from PIL import Image
 from hydradeploy import train
 from hydradeploy.data.augment import Augmentation
 from hydradeploy.data.datasets import open_dataset
-from hydradeploy.errors import InputError
+from hydradeploy.errors import InputError, UsageError
 from hydradeploy.training import metrics
 from hydradeploy.training import state as states
 from hydradeploy.training.batches import Order, Share, Streamed, source
-from hydradeploy.training.presets import HYDRAVIT_IMAGENET
+from hydradeploy.training.presets import HYDRAVIT_IMAGENET, SMALL
 from hydradeploy.training.recipe import Preset
 from hydradeploy.training.running import Running
 from tests.conftest import geometry
@@ -133,8 +134,6 @@ def test_small_images_that_are_taken_whole_come_from_memory_and_are_those_on_dis
 @pytest.fixture
 def broken(folder, tmp_path) -> Path:
     """The same images, two of them damaged."""
-    import shutil
-
     root = tmp_path / "broken"
     shutil.copytree(folder, root)
     for name in ("n01/3.JPEG", "n03/0.JPEG"):
@@ -159,6 +158,51 @@ def test_so_many_as_are_allowed_are_named_once_counted_and_replaced(broken, tmp_
     assert len(named) == 2
     assert {"n01/3.JPEG" in line for line in named} == {True, False}
     assert [line.bad_images for line in metrics.read(tmp_path / "s")][-1] == 2
+
+
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_bad_images_of_a_set_that_is_kept_in_memory_are_counted_too(broken, tmp_path, allowed):
+    whole = msgspec.structs.replace(preset(epochs=1), recipe=SMALL.recipe)
+    whole = msgspec.structs.replace(whole, recipe=msgspec.structs.replace(SMALL.recipe, epochs=1, batch_size=8))
+    said: list[str] = []
+    running = Running(bad_images=allowed)
+    if allowed:
+        train(str(broken), tmp_path / "s", whole, running=running, say=said.append)
+        assert sum("takes its place" in line for line in said) == 2
+        assert metrics.read(tmp_path / "s")[-1].bad_images == 2
+        return
+    with pytest.raises(InputError, match=r"n01/3\.JPEG.*1 images that cannot be read, 0 allowed"):
+        train(str(broken), tmp_path / "s", whole, running=running)
+
+
+def test_an_image_in_memory_that_cannot_be_read_is_the_next_one_with_its_label(broken, folder):
+    recipe = msgspec.structs.replace(SMALL.recipe, augment=Augmentation())
+    spec = preset().spec(("n01", "n02", "n03"))
+    damaged, sound = (
+        next(source(open_dataset(str(place), "train"), spec, recipe, 0).steps(Order(24, 24, 0), 0, 1, Share()))
+        for place in (broken, folder)
+    )
+    order = Order(24, 24, 0).of(0)[1].tolist()
+    for bad, other in ((3, 4), (16, 17)):
+        assert torch.equal(damaged.images[order.index(bad)], sound.images[order.index(other)])
+        assert damaged.labels[order.index(bad)] == sound.labels[order.index(other)]
+
+
+def test_a_run_does_not_go_on_with_other_images_of_the_same_labels(folder, tmp_path):
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    place = tmp_path / "images"
+    shutil.copytree(folder, place)
+    with pytest.raises(KeyboardInterrupt):
+        train(str(place), tmp_path / "s", preset(), running=Running(workers=0), report=stop)
+    moved = place.rename(tmp_path / "moved")
+    (moved / "train/n01/0.JPEG").rename(moved / "train/n01/99.JPEG")
+    with pytest.raises(UsageError, match="differs in the training images"):
+        train(str(moved), tmp_path / "s", preset(), running=Running(workers=0), resume=True)
+    (moved / "train/n01/99.JPEG").rename(moved / "train/n01/0.JPEG")
+    train(str(moved), tmp_path / "s", preset(), running=Running(workers=0), resume=True)
 
 
 def test_what_was_counted_is_kept_when_a_run_goes_on(broken, tmp_path):

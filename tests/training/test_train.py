@@ -134,6 +134,15 @@ def test_resuming_with_other_images_is_refused(blobs, tmp_path):
         train(str(tmp_path / "other.npz"), tmp_path / "s", preset(), resume=True)
 
 
+def test_resuming_from_another_start_is_refused(blobs, tmp_path):
+    write_supernet(
+        tmp_path / "small", geometry(**(msgspec.structs.asdict(SHAPE) | {"heads": 1, "trained_heads": (1,)}))
+    )
+    interrupted(blobs, tmp_path / "s", preset())
+    with pytest.raises(UsageError, match="differs in the supernet to start from"):
+        train(blobs, tmp_path / "s", preset(), init_from=tmp_path / "small", resume=True)
+
+
 def test_resuming_without_a_state_or_with_a_damaged_one_is_refused(blobs, tmp_path):
     with pytest.raises(UsageError, match="nothing to resume"):
         train(blobs, tmp_path / "s", preset(), resume=True)
@@ -190,6 +199,7 @@ def test_the_rate_warms_up_and_ends_low():
     ("options", "code", "text"),
     [
         (["--data", "no-such-set"], 2, "no such data set"),
+        (["--sample-weights", "0.5,49.5,50"], 2, "'0.5,49.5,50' is not a list of counts"),
         (["--sample-weights", "50,50"], 2, "2 sample weights for 10 head counts"),
         (["--sample-weights", "10,10,10,10,10,10,10,10,10,9"], 2, "sum to 99"),
         (["--batch-size", "1000"], 11, "too few for a batch of 1000"),
@@ -399,7 +409,13 @@ def test_a_teacher_that_does_not_fit_is_refused_by_field(blobs, tmp_path):
         train(blobs, tmp_path / "s", taught, teacher=tmp_path / "t")
     with pytest.raises(UsageError, match="need each other"):
         train(blobs, tmp_path / "s", taught)
+    with pytest.raises(UsageError, match="none: no such file"):
+        train(blobs, tmp_path / "s", taught, teacher=tmp_path / "none")
     train(blobs, tmp_path / "own", preset())
+    with np.load(blobs) as arrays:
+        np.savez(tmp_path / "named.npz", **arrays, class_names=np.array(list("1023456789")))
+    with pytest.raises(InputError, match="own: the teacher has class '0' where the data has '1'"):
+        train(str(tmp_path / "named.npz"), tmp_path / "s", taught, teacher=tmp_path / "own")
     train(blobs, tmp_path / "s", taught, teacher=tmp_path / "own")
     assert not torch.equal(load(tmp_path / "s").tensors["head.weight"], load(tmp_path / "own").tensors["head.weight"])
 
