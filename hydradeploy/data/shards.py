@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 CLASS_FILES = ("classes.txt", "synset_words.txt")
 """Beside shards or one folder up: one class a line, in the order of the labels; of the second the first word counts."""
 
-_NAMED = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)(?:[-_.]?\d+(?:-of-\d+)?)?\.tar")
+_NAMED = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)[-_.]?\d+(?:-of-\d+)?\.tar")
 _SPLITS: Mapping[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _COMPRESSED = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tgz")
 _IMAGES = frozenset(suffix[1:].encode() for suffix in SUFFIXES)
@@ -49,16 +49,17 @@ _END = bytes(_BLOCK)
 def find(folder: Path) -> dict[Split, tuple[Path, ...]]:
     """The shards of each split in a folder, by name; an empty dictionary where there are none.
 
-    A split's shards are named after it (train-0000.tar, imagenet1k-validation-00.tar, val.tar) or are all of those in a
-    folder that is (train/0000.tar). Where neither is so, all of the folder's are the test split. A folder with folders
-    in it holds images by class; archives beside them are what these were unpacked from. Raises InputError where there
-    are compressed shards only.
+    A split's shards are named after it (train-0000.tar, imagenet1k-validation-00.tar, or val.tar, where no folder may
+    have been unpacked from it) or are all of those in a folder that is (train/0000.tar). Where neither is so, all of
+    the folder's are the test split. A folder with folders in it holds images by class; archives beside them are what
+    these were unpacked from. Raises InputError where there are compressed shards only.
     """
     found: dict[Split, tuple[Path, ...]] = {}
     here, alone = _tar_files(folder)
     for path in here:
-        if (match := _NAMED.fullmatch(path.name)) is not None:
-            split = _SPLITS[match[1]]
+        match = _NAMED.fullmatch(path.name)
+        split = _SPLITS.get(match[1] if match is not None else path.stem if alone else "")
+        if split is not None:
             found[split] = (*found.get(split, ()), path)
     for word, split in _SPLITS.items():
         if split not in found and (folder / word).is_dir():

@@ -113,9 +113,10 @@ def test_links_and_folders_are_no_images(tmp_path, layout):
 
 
 def test_the_only_shard_of_a_split_needs_no_number(tmp_path):
-    shard(tmp_path / "train.tar", *sample("a", 0, 0), *sample("b", 1, 1))
-    shard(tmp_path / "images-val.tar", *sample("c", 1, 2))
-    assert [len(open_dataset(str(tmp_path), split)) for split in ("train", "val")] == [2, 1]
+    place = tmp_path / "set"
+    shard(place / "train.tar", *sample("a", 0, 0), *sample("b", 1, 1))
+    shard(place / "val.tar", *sample("c", 1, 2))
+    assert [len(open_dataset(str(place), split)) for split in ("train", "val")] == [2, 1]
 
 
 @pytest.mark.parametrize(
