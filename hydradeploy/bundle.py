@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -198,6 +199,10 @@ class AccuracyRow(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not 0 <= self.correct <= self.n or self.n < 1:
             raise ValueError(f"{self.correct} of {self.n} cannot be right")
+        if abs(self.top1 - self.correct / self.n) > 0.5 / self.n + 1e-9:
+            raise ValueError(f"top1 is {self.top1}, but {self.correct} of {self.n} are right")
+        if not -1e-9 <= self.lower <= self.top1 + 1e-9 <= self.upper + 2e-9 <= 1 + 4e-9:
+            raise ValueError(f"top1 {self.top1} is not from lower {self.lower} to upper {self.upper} in 0 to 1")
         if self.right is not None and (
             len(self.right) != (self.n + 7) // 8 or int.from_bytes(self.right, "big").bit_count() != self.correct
         ):
@@ -406,6 +411,21 @@ def read_outcomes(bundle: Bundle) -> dict[str, Outcomes]:
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise IntegrityError(f"{path}: cannot be read ({error})", hint="evaluate again") from error
     return outcomes
+
+
+def holds_bundle(path: Path) -> bool:
+    """Whether a directory is a bundle, whole or damaged: others have files of the name manifest.json too."""
+    try:
+        begins = (path / MANIFEST).read_bytes()[:4096]
+    except OSError:
+        return False
+    return b'"schema"' in begins or (path / GOLDEN).exists()
+
+
+def check_writable(bundle: Bundle) -> None:
+    """Raise EnvironmentFailed where accuracy could not be written into the bundle."""
+    with locked(bundle.path, lambda _: None), environment(f"writing accuracy into {bundle.path}"):
+        tempfile.TemporaryFile(dir=bundle.path).close()
 
 
 def write_accuracy(bundle: Bundle, fresh: Mapping[AccuracyRow, Outcomes | None]) -> None:

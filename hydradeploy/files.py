@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hydradeploy.errors import IntegrityError, environment
+from hydradeploy.errors import IntegrityError, UsageError, environment
 
 CHUNK = 1 << 20
 
@@ -126,6 +126,15 @@ def _is_the_lock(lock: Path, descriptor: int) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(lock))
     except FileNotFoundError:
         return False
+
+
+def check_exchangeable(target: Path) -> None:
+    """Raise UsageError where a directory cannot be replaced as a whole, which is how bundles are written."""
+    real = _real(target)
+    if real.exists() and os.path.ismount(real):
+        raise UsageError(f"{target} is where a file system is mounted", hint="name a directory in it")
+    if Path.cwd().is_relative_to(real):
+        raise UsageError(f"{target} is the directory this runs in", hint="run it from another, or name one in it")
 
 
 @contextmanager

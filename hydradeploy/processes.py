@@ -10,8 +10,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import hydradeploy
+from hydradeploy.errors import UsageError
 
 _PR_SET_PDEATHSIG = 1
+_MOST_THREADS = 16  # for each core
+
+
+def check_threads(count: int) -> None:
+    """Raise UsageError for fewer threads than one, and for so many that starting them takes the machine with it."""
+    most = _MOST_THREADS * len(os.sched_getaffinity(0))
+    if not 1 <= count <= most:
+        raise UsageError(f"threads must be 1 to {most} on this machine, got {count}")
 
 
 def fresh(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:

@@ -131,9 +131,19 @@ def in_channels(image: Image.Image, channels: int, name: str) -> Image.Image:
     if channels not in _MODES:
         raise InputError(f"{name}: images have 1 or 3 channels, this supernet wants {channels}")
     try:
-        return image.convert(_MODES[channels])
+        return _in_bytes(image, name).convert(_MODES[channels])
     except ValueError as error:
         raise InputError(f"{name}: cannot be prepared ({error})") from error
+
+
+def _in_bytes(image: Image.Image, name: str) -> Image.Image:
+    """16 bits a pixel scaled to 8, which Pillow would cut off; raises InputError where pixels have no known range."""
+    # Older releases open 16-bit PNGs as 32-bit images.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(f"{name}: has pixels of 32 bits, whose range is not known", hint="save it with 8 or 16 bits")
+    return image
 
 
 def crop(image: Image.Image, size: int, preprocessing: Preprocessing) -> NDArray[np.uint8]:

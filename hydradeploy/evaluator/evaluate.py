@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 
 from hydradeploy.backends import Images, Session, model_of, prepared, run_all
 from hydradeploy.backends.ways import Way, named, ways
-from hydradeploy.bundle import AccuracyRow, Bundle, Outcomes, open_bundle, write_accuracy
+from hydradeploy.bundle import (
+    AccuracyRow,
+    Bundle,
+    Outcomes,
+    check_writable,
+    open_bundle,
+    read_accuracy,
+    write_accuracy,
+)
 from hydradeploy.data.datasets import Dataset, open_dataset, spread
 from hydradeploy.devices.cpu import instruction_set
 from hydradeploy.errors import InputError, MissingError, UsageError
@@ -71,19 +79,33 @@ def evaluate(
     shown = _Shown(opened, dataset, chosen, dataset.labels_for(opened.spec)[chosen])
     for line in wanted.left_out:
         say(line)
+    check_writable(opened)  # what cannot be kept is not worth hours
     rows: dict[AccuracyRow, Outcomes] = {}
     failed: list[str] = []
     for alike in _groups(wanted.found):
         way = alike[0]
         name = f"evaluating {way.artifact.precision} on {dataset.name} with {way.runner.name} in {way.compute_type}"
         outcomes, digest = _outcomes(shown, alike, partial(report, name), failed)
-        rows |= {_measured(way, dataset, digest, found): found for way, found in outcomes}
+        fresh = {_measured(way, dataset, digest, found): found for way, found in outcomes}
+        if fresh:  # kept at once, whatever becomes of the others
+            for line in _replaced(opened, fresh):
+                say(line)
+            write_accuracy(opened, fresh)
+        rows |= fresh
     for line in failed:
         say(line)
     if not rows:
         raise MissingError(f"no artifact could be evaluated: {'; '.join(failed)}")
-    write_accuracy(opened, rows)
     return Evaluation(bundle, tuple(rows), (*wanted.left_out, *failed))
+
+
+def _replaced(bundle: Bundle, fresh: Iterable[AccuracyRow]) -> Iterator[str]:
+    """A line where fewer images than before are what is known from now on."""
+    before = read_accuracy(bundle)
+    for row in fresh:
+        for other in before:
+            if row.replaces(other) and row.n < other.n:
+                yield f"{row.artifact}: {row.n} images of {row.dataset} replace an evaluation on {other.n}"
 
 
 def declare(bundle: Path, table: Path) -> Evaluation:

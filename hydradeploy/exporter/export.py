@@ -28,6 +28,7 @@ from hydradeploy.bundle import (
     Parity,
     StoredTensor,
     golden_bytes,
+    holds_bundle,
     open_bundle,
     read_manifest,
     write_file,
@@ -47,7 +48,7 @@ from hydradeploy.exporter.quantise import Quantising, quantised
 from hydradeploy.exporter.source import source_of
 from hydradeploy.exporter.weights import Array, HeadDigests, block, layout, write_weights
 from hydradeploy.exporter.widened import widened
-from hydradeploy.files import link_or_copy, locked, sha256_file, staged
+from hydradeploy.files import check_exchangeable, link_or_copy, locked, sha256_file, staged
 from hydradeploy.spec import Geometry
 from hydradeploy.stored import Form, Input, Tensor, stored
 from hydradeploy.supernet.store import Weights, load
@@ -91,6 +92,7 @@ def export(
     kinds = [precision(name) for name in precisions]
     if batch != "dynamic" and batch < 1:
         raise UsageError(f"batch {batch} is not possible", hint="--batch takes 1 or more, or dynamic")
+    check_exchangeable(bundle)
     runner = backend("onnxruntime")
     report("reading the supernet", 0, 1)
     weights = load(supernet)
@@ -331,7 +333,7 @@ def _existing(path: Path, supernet_sha256: str, *, force: bool) -> Bundle | None
     """The bundle to add to, None where there is none or where `force` starts afresh."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None
-    if not path.is_dir() or not (path / MANIFEST).exists():
+    if not holds_bundle(path):
         raise UsageError(f"{path} exists and is no bundle; it is left as it is", hint="name another with --bundle")
     try:
         there = open_bundle(path)

@@ -19,6 +19,7 @@ from hydradeploy.bundle import (
     Manifest,
     StoredTensor,
     golden_bytes,
+    holds_bundle,
     open_bundle,
     write_file,
 )
@@ -26,7 +27,7 @@ from hydradeploy.errors import UsageError
 from hydradeploy.exporter import lower
 from hydradeploy.exporter.jobs import job_of
 from hydradeploy.exporter.weights import Array, layout, map_weights, write_weights
-from hydradeploy.files import locked, sha256_bytes, staged
+from hydradeploy.files import check_exchangeable, locked, sha256_bytes, staged
 from hydradeploy.stored import stored
 
 _UNKNOWN = FileRecord(sha256="0" * 64, size_bytes=0)
@@ -60,6 +61,7 @@ def pack(bundle: Path, artifact: str, out: Path, *, force: bool = False) -> Pack
     opened = open_bundle(bundle)
     chosen = opened.artifact(artifact)
     check_replaceable(out, bundle, force=force)
+    check_exchangeable(out)
     golden = opened.golden()
     plan = _plan(opened.manifest, chosen, golden)
     with locked(out, lambda _: None):
@@ -92,8 +94,10 @@ def check_replaceable(out: Path, source: Path | None, *, force: bool) -> None:
         raise UsageError(f"{out} is the bundle itself", hint="pack into another directory")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / MANIFEST).is_file():
+    if not holds_bundle(out):
         raise UsageError(f"{out} exists and is no bundle; it is left as it is", hint="name another directory")
+    if source is not None and source.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"{out} holds the bundle that is packed", hint="pack into another directory")
     if not force:
         raise UsageError(f"{out} holds a bundle", hint="replace it with --force, or name another directory")
 

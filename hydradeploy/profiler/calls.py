@@ -19,6 +19,7 @@ import threading
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,8 +100,11 @@ class Caller:
         if self.concurrency == 1:
             run.loop()
             return run.calls
+        # They begin together, for while some are still to come fewer are in flight than are said to be.
+        gate = threading.Barrier(self.concurrency)
+        loop = partial(run.guarded_loop, gate)
         # Daemons: no caller keeps a process that is told to end.
-        threads = [threading.Thread(target=run.guarded_loop, daemon=True) for _ in range(self.concurrency)]
+        threads = [threading.Thread(target=loop, daemon=True) for _ in range(self.concurrency)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -128,16 +132,22 @@ class _Run:
     error: BaseException | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def guarded_loop(self) -> None:
+    def guarded_loop(self, gate: threading.Barrier) -> None:
         try:
+            gate.wait()
             self.loop()
         except BaseException as error:
             self.error = error
 
     def loop(self) -> None:
-        """What one caller does; nothing but the call itself is between the two looks at the clock."""
+        """What one caller does; alone, nothing but the call itself is between the two looks at the clock.
+
+        Among others each call counts from the end of the one before: what a caller waits between them it waits because
+        of the others, and calls in flight over their mean latency are throughput only if nothing is left out.
+        """
         clock, run, prepare = self.caller.clock, self.caller.session.run, self.caller.prepare
         pace, calls = self.caller.pace_hz, self.calls
+        free = clock()
         while True:
             with self.lock:
                 self.enough = self.enough or not self.goes_on(calls)
@@ -146,12 +156,13 @@ class _Run:
                 counts, place, batch = not self.enough, self.made, self.caller._next()
                 calls.begun += counts
                 self.made += 1
-            due = None if pace is None else calls.started_s + place / pace
-            if due is not None:
+            due = free if self.caller.concurrency > 1 else None
+            if pace is not None:
+                due = calls.started_s + place / pace
                 self._wait(due)
             began = clock()
             run(prepare(batch))
-            ended = clock()
+            free = ended = clock()
             with self.lock:
                 calls.until_s = max(calls.until_s, ended)
                 calls.unkept += not counts

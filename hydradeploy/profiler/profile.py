@@ -17,8 +17,9 @@ from hydradeploy.bundle import Artifact, Bundle, open_bundle
 from hydradeploy.devices import Machine, machine
 from hydradeploy.engines.building import build_missing, label
 from hydradeploy.engines.plans import KINDS, EngineOptions
-from hydradeploy.errors import InvalidError, MissingError, UsageError, environment
+from hydradeploy.errors import InvalidError, MissingError, environment
 from hydradeploy.measurements import Cell, Device, Profile, Stored, add_profile, place_of, read_profiles
+from hydradeploy.processes import check_threads
 from hydradeploy.profiler import journal as journals
 from hydradeploy.profiler.cells import cells_of
 from hydradeploy.profiler.child import spawn
@@ -219,8 +220,8 @@ def check_clean(cells: Sequence[Cell]) -> None:
 
 def _setting(bundle: Path, order: Order, here: Machine | None) -> _Setting:
     preset = preset_of(order.preset, pace_hz=order.pace_hz, concurrency=order.concurrency, wall_s=order.max_time_s)
-    if order.threads is not None and (not order.threads or min(order.threads) < 1):
-        raise UsageError("threads must be at least 1")
+    for count in (0,) if order.threads == () else order.threads or ():
+        check_threads(count)
     runners = _runners(order, here)
     here = here or machine(order.device, runners[0].processor)
     opened = open_bundle(bundle)

@@ -14,6 +14,7 @@ from hydradeploy.backends.ways import why_not
 from hydradeploy.bundle import Artifact, Bundle, Check, open_bundle
 from hydradeploy.data.preprocess import load_image
 from hydradeploy.errors import InputError, MissingError, UsageError
+from hydradeploy.processes import check_threads
 from hydradeploy.spec import Record
 from hydradeploy.stats.logits import softmax
 
@@ -63,8 +64,10 @@ def run(
     artifact or setting), IntegrityError (damaged bundle), MissingError (no backend, or it does not run the artifact in
     that compute type).
     """
-    if top < 1 or (threads is not None and threads < 1):
-        raise UsageError(f"top {top} and threads {threads} must be at least 1")
+    if top < 1:
+        raise UsageError(f"top {top} must be at least 1")
+    if threads is not None:
+        check_threads(threads)
     if not images:
         raise UsageError("no image given", hint="hydradeploy run IMAGE...")
     runner = backend(backend_name)

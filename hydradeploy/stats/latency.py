@@ -171,7 +171,7 @@ class _Ranks:
         n = len(self.ordered)
         margin = tolerance_factor(len(self.logs), self.level, self.confidence) * spread if spread else 0.0
         if self.misses is None:
-            return max(self.ordered[-1], self._of_log_normals(margin))
+            return max(self.ordered[-1], self._of_log_normals(margin), self._of_a_fresh_process(n - 1, margin))
         place = n - 1 - math.floor(self.misses * n / self.worth)
         return max(quantile(self.ordered, self.level), self.ordered[place], self._of_a_fresh_process(place, margin))
 

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hydradeploy.data.datasets import Dataset, Split, open_dataset
 from hydradeploy.errors import EnvironmentFailed, InputError, UsageError
-from hydradeploy.files import sha256_file
+from hydradeploy.files import locked, sha256_file
 from hydradeploy.spec import Geometry, Spec
 from hydradeploy.supernet import store
 from hydradeploy.supernet.model import Supernet
@@ -84,10 +84,11 @@ def train(
             store.place(run.loop.model, small.tensors, small.spec.geometry)
             run.loop.reset_average()
         started = time.perf_counter()
-        run.go(out, report, say)
-        if us.first:
-            store.save(out, run.spec, run.loop.average.state_dict())
-            states.path_of(out).unlink(missing_ok=True)
+        with _alone(out) if us.first else nullcontext():
+            run.go(out, report, say)
+            if us.first:
+                store.save(out, run.spec, run.loop.average.state_dict())
+                states.path_of(out).unlink(missing_ok=True)
         return Trained(out, run.spec, run.top1(), time.perf_counter() - started)
 
 
@@ -108,6 +109,15 @@ def _enough() -> Iterator[None]:
                 hint="it may lack memory, shared memory too (docker run --shm-size); --workers 0 reads without any",
             ) from error
         raise
+
+
+def _alone(out: Path) -> AbstractContextManager[None]:
+    """The right to write `out` and what is beside it; raises UsageError where another process has it."""
+
+    def busy(_: str) -> NoReturn:
+        raise UsageError(f"{out}: another process is training it", hint="wait for it, or name another with --out")
+
+    return locked(out, busy)
 
 
 def _check_free(out: Path, force: bool) -> None:

@@ -108,6 +108,19 @@ def test_a_colour_image_becomes_one_channel_for_a_gray_network(tmp_path):
     assert np.abs(found[..., 0] - luma).max() <= 1
 
 
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path):
+    grey = np.asarray(picture(32, 32, "L"))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    found = load_image(stored(tmp_path / "i.png", deep), spec(geometry(channels=1), crop_pct=1.0))
+    assert np.array_equal(found[..., 0], grey)
+
+
+def test_pixels_of_unknown_range_are_refused_by_name(tmp_path):
+    image = Image.fromarray(np.zeros((32, 32), np.float32))
+    with pytest.raises(InputError, match=r"i\.tiff: has pixels of 32 bits"):
+        load_image(stored(tmp_path / "i.tiff", image), spec())
+
+
 @pytest.mark.parametrize("transparency", [None, 3, bytes(range(256))], ids=["none", "one index", "per index"])
 def test_a_palette_image_is_read_in_its_colours(tmp_path, transparency):
     image = picture(32, 32).quantize(256)

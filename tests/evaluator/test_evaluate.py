@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from hydradeploy import declare, evaluate, export, open_bundle
 from hydradeploy.bundle import ACCURACY, EVALUATION, read_accuracy, read_outcomes
 from hydradeploy.data.datasets import open_dataset
 from hydradeploy.data.preprocess import normalise
-from hydradeploy.errors import InputError, IntegrityError, MissingError
+from hydradeploy.errors import EnvironmentFailed, InputError, IntegrityError, MissingError
 from hydradeploy.stats.proportions import wilson
 from hydradeploy.supernet.store import load
 from tests.conftest import Cli, geometry, write_supernet
@@ -85,6 +86,48 @@ def test_evaluating_again_replaces_just_its_own_rows(bundle, labelled, tmp_path)
     outcomes = read_outcomes(open_bundle(bundle))
     assert {row.outcomes for row in (*second, *third)} == set(outcomes)
     assert all(len(outcomes[row.outcomes].right) == 30 for row in third)
+
+
+def test_fewer_images_than_before_are_told(bundle, labelled):
+    said: list[str] = []
+    evaluate(bundle, str(labelled), limit=20, say=said.append)
+    assert not said
+    evaluate(bundle, str(labelled), limit=5, say=said.append)
+    assert len(said) == 10
+    assert "5 images of" in said[0]
+    assert "replace an evaluation on 20" in said[0]
+
+
+def test_what_cannot_be_written_is_told_before_the_work(bundle, labelled, monkeypatch):
+    def full(*given: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hydradeploy.bundle.tempfile.TemporaryFile", full)
+    reported: list[str] = []
+    with pytest.raises(EnvironmentFailed, match="no space left"):
+        evaluate(bundle, str(labelled), report=lambda what, done, total: reported.append(what))
+    assert not reported
+
+
+def test_an_interrupted_evaluation_keeps_the_precisions_that_were_done(bundle, labelled):
+    def stop(what: str, done: int, total: int) -> None:
+        if "fp16" in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(bundle, str(labelled), limit=20, report=stop)
+    assert {row.artifact[-4:] for row in read_accuracy(open_bundle(bundle))} == {"fp32"}
+
+
+@pytest.mark.parametrize(("field", "value"), [("top1", 0.99), ("top1", 5.0), ("lower", 0.99), ("upper", -0.5)])
+def test_figures_that_cannot_be_are_refused(bundle, labelled, cli: Cli, field, value):
+    evaluate(bundle, str(labelled), limit=20)
+    path = bundle / "accuracy.json"
+    told = json.loads(path.read_text())
+    told["rows"][0][field] = value
+    path.write_text(json.dumps(told))
+    ran = cli("evaluate", "--bundle", bundle, "--data", labelled, "--limit", 5)
+    assert (ran.code, "accuracy.json" in ran.err, field in ran.err) == (10, True, True), ran.err
 
 
 def test_accuracy_stays_with_its_weights_when_artifacts_are_added_and_replaced(tmp_path, labelled):

@@ -349,9 +349,25 @@ def test_a_directory_that_is_no_bundle_is_never_touched(supernet_file, tmp_path,
     with pytest.raises(UsageError, match="no bundle"):
         export(supernet_file, tmp_path / "home", force=force)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "important"
+    (tmp_path / "home" / "manifest.json").write_text('{"name": "my web app"}')
+    with pytest.raises(UsageError, match="no bundle"):
+        export(supernet_file, tmp_path / "home", force=force)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "important"
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="no bundle"):
         export(supernet_file, tmp_path / "file", force=force)
+
+
+def test_a_directory_that_cannot_be_exchanged_is_refused_before_the_work(supernet_file, tmp_path, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for name in (".", ".."):
+        with pytest.raises(UsageError, match="the directory this runs in"):
+            export(supernet_file, Path(name), heads=(2,))
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path).endswith("mnt"))
+    (tmp_path / "mnt").mkdir()
+    with pytest.raises(UsageError, match="where a file system is mounted"):
+        export(supernet_file, tmp_path / "mnt", heads=(2,))
 
 
 def test_a_bundle_behind_a_symbolic_link_is_replaced_where_it_is(supernet_file, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -140,6 +141,19 @@ def test_the_bundle_itself_and_foreign_directories_are_never_replaced(bundle, tm
     (tmp_path / "home" / "thesis.txt").write_text("important")
     assert cli("pack", "h03-fp32", "--out", tmp_path / "home", "--bundle", bundle, *force).code == 2
     assert (tmp_path / "home" / "thesis.txt").read_text() == "important"
+    # Others call a file so too.
+    (tmp_path / "home" / "manifest.json").write_text('{"name": "my web app", "artifacts": 3}')
+    ran = cli("pack", "h03-fp32", "--out", tmp_path / "home", "--bundle", bundle, *force)
+    assert (ran.code, "is no bundle" in ran.err) == (2, True)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "important"
+
+
+def test_the_bundle_that_is_packed_is_not_replaced_with_what_it_lies_in(bundle, tmp_path, cli: Cli):
+    outer = Path(shutil.copytree(bundle, tmp_path / "outer"))
+    inner = Path(shutil.copytree(bundle, outer / "inner"))
+    ran = cli("pack", "h03-fp32", "--out", outer, "--bundle", inner, "--force")
+    assert (ran.code, "holds the bundle that is packed" in ran.err) == (2, True)
+    assert len(open_bundle(inner).manifest.artifacts) == 10
 
 
 def test_a_damaged_bundle_is_not_packed(bundle, tmp_path):

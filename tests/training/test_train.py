@@ -251,6 +251,16 @@ def test_what_a_killed_run_left_is_not_overwritten_unless_asked(blobs, tmp_path)
     assert not (tmp_path / "s.training").exists()
 
 
+def test_two_processes_do_not_train_one_supernet(blobs, tmp_path):
+    def meanwhile(what: str, done: int, total: int) -> None:
+        if done == 5:
+            with pytest.raises(UsageError, match="another process is training it"):
+                train(blobs, tmp_path / "s", preset())
+
+    train(blobs, tmp_path / "s", preset(), report=meanwhile)
+    assert [line.step for line in metrics.read(tmp_path / "s")] == [10, 20]
+
+
 def test_a_run_whose_loss_was_lost_goes_on_with_a_smaller_rate(blobs, tmp_path):
     interrupted(blobs, tmp_path / "s", preset())
     said: list[str] = []
