@@ -17,6 +17,7 @@ from hydradeploy.units import show_bytes, show_percent
 
 if TYPE_CHECKING:
     from hydradeploy.runtime.verify import Verified
+    from hydradeploy.selector.answer import Picked
 
 
 def doctor(
@@ -91,6 +92,9 @@ def run(
     latency: Annotated[
         list[str] | None, typer.Option(help="Use what pick gives for this budget: 20ms, 'p99<=20ms'.")
     ] = None,
+    accept: Annotated[
+        str | None, typer.Option(help="Flags that the pick accepts: throttled,contended,graph-failed.")
+    ] = None,
     profiles: ProfilesPath = Path("profiles"),
     backend: Annotated[str | None, typer.Option(help="Default: the first that is usable.")] = None,
     top: Annotated[int, typer.Option(help="Classes to show per image.", min=1)] = 5,
@@ -103,20 +107,17 @@ def run(
     """Classify images with the named artifact, or with the one that --latency picks."""
     if check not in ("stamp", "always"):
         raise UsageError(f"--verify {check!r} is not possible", hint="stamp or always")
-    if latency and artifact is not None:
-        raise UsageError("--artifact and --latency exclude each other", hint="name the artifact or the budget")
     compute_type: str | None = None
     settings: Mapping[str, str] = {}
     if latency:
-        from hydradeploy.report.text import answer_lines
-        from hydradeploy.selector.pick import Request, exit_code, pick
-
-        answer = pick(bundle, profiles, Request(given.budget(latency)))
-        say("\n".join(answer_lines(answer)))
-        if answer.pick is None:
-            raise typer.Exit(exit_code((answer,)))
-        artifact, backend, threads = answer.pick.artifact, answer.pick.backend, answer.pick.threads
-        compute_type, settings = answer.pick.compute_type, answer.pick.settings
+        for option, value in {"--artifact": artifact, "--backend": backend, "--threads": threads}.items():
+            if value is not None:
+                raise UsageError(f"{option} and --latency exclude each other", hint="name how to run, or the budget")
+        picked = _picked(bundle, profiles, latency, accept, as_json)
+        artifact, backend, threads = picked.artifact, picked.backend, picked.threads
+        compute_type, settings = picked.compute_type, picked.settings
+    elif accept is not None:
+        raise UsageError("--accept without --latency", hint="it is about what --latency picks from")
     from hydradeploy.runtime.predict import run as call
 
     running = call(
@@ -150,3 +151,17 @@ def run(
     failed = sum(prediction.error is not None for prediction in predictions)
     if failed:
         raise InputError(f"{failed} of {len(predictions)} images could not be read, the others are answered")
+
+
+def _picked(bundle: Path, profiles: Path, latency: list[str], accept: str | None, as_json: bool) -> Picked:
+    """What pick gives; where that is nothing its answer is the command's, and so is its exit code."""
+    from hydradeploy.report.text import answer_lines
+    from hydradeploy.selector.pick import Request, exit_code, pick
+
+    answer = pick(bundle, profiles, Request(given.budget(latency), accept=given.flags(accept)))
+    say("\n".join(answer_lines(answer)))
+    if answer.pick is not None:
+        return answer.pick
+    if as_json:
+        print_json(answer)
+    raise typer.Exit(exit_code((answer,)))

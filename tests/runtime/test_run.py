@@ -110,6 +110,10 @@ def test_answers_do_not_depend_on_the_batch(supernet_file, tmp_path):
         (["--threads", "0"], 2),
         (["--verify", "never"], 2),
         (["--bundle", "no-such-bundle"], 2),
+        (["--latency", "1s", "--artifact", "h03-fp32"], 2),
+        (["--latency", "1s", "--backend", "onnxruntime"], 2),
+        (["--latency", "1s", "--threads", "2"], 2),
+        (["--accept", "contended"], 2),
     ],
 )
 def test_wrong_options_are_usage_errors_with_hints(shared_bundle, image, cli: Cli, options, code):
@@ -295,3 +299,19 @@ def test_run_of_a_budget_opens_exactly_what_was_picked(bundle, tmp_path, image, 
     assert (document["artifact"], document["backend"], document["compute_type"]) == ("h03-fp32", "abacus", "bf16")
     assert abacus.opened == [("h03-fp32", Options(2, "bf16", {"hint": "throughput"}))]
     assert "h03-fp32 (abacus, bf16, hint=throughput, 2 threads)" in ran.err
+
+
+def test_run_of_a_budget_follows_the_advice_of_its_pick_and_gives_its_answer(bundle, tmp_path, image, cli: Cli):
+    opened = open_bundle(bundle)
+    here, artifact = machine(), opened.artifact("h03-fp32")
+    write_accuracy(opened, {accuracy(artifact, share(120)): None})
+    measured = cell(artifact, latencies(*(0.001,) * 5), flags=("contended",))
+    add_profile(tmp_path / "profiles", profile([measured], here.identity(), here.conditions({})))
+    options = ("--bundle", bundle, "--profiles", tmp_path / "profiles", "--latency", "2ms")
+    refused = cli("run", image, *options, "--json")
+    assert refused.code == 4
+    assert "--accept contended takes it" in refused.err
+    assert json.loads(refused.out) == json.loads(cli("pick", *options, "--json").out)
+    ran = cli("run", image, *options, "--accept", "contended", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["artifact"] == "h03-fp32"
