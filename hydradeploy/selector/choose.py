@@ -76,7 +76,8 @@ def choose(candidates: Sequence[Candidate], budget: Budget, rules: Rules = Rules
         nearest = min(disturbed, key=_excess(budget), default=None)
     if nearest is not None:
         return Choice("inconclusive", nearest=nearest)
-    return Choice("infeasible", nearest=min(usable, key=_excess(budget), default=None))
+    flagged = [c for c in candidates if _disturbed(c, rules, needs_accuracy)]
+    return Choice("infeasible", nearest=min(usable or flagged, key=_excess(budget), default=None))
 
 
 def _disturbed(candidate: Candidate, rules: Rules, needs_accuracy: bool) -> bool:
@@ -93,7 +94,9 @@ def _undecided(candidate: Candidate, budget: Budget) -> bool:
     not known, unless each single call was over the limit."""
     if hopeless(candidate, budget):
         return False
-    unmoved = ("memory", "size", "top-1")
+    unmoved = ["memory", "size", "top-1"]
+    if candidate.cell.energy_j is None:
+        unmoved.append("energy")
     return all(check.status != "missed" for check in checks(candidate, budget) if check.limit in unmoved)
 
 
@@ -103,11 +106,17 @@ def meets(candidate: Candidate, budget: Budget) -> bool:
 
 
 def judged(candidate: Candidate, budget: Budget, rules: Rules) -> list[Check]:
-    """Every limit the candidate was held against, for explanation; one that says why it was not even held."""
-    refusal = candidate.refused(rules.accept, rules.strict, rules.needs_accuracy(budget))
-    if refusal is not None:
-        return [Check("measurement", "missed", refusal, math.inf)]
-    return list(checks(candidate, budget))
+    """Every limit the candidate was held against, for explanation; first why it was not even held."""
+    needs_accuracy = rules.needs_accuracy(budget)
+    refusal = candidate.refused(rules.accept, rules.strict, needs_accuracy)
+    if refusal is None:
+        return list(checks(candidate, budget))
+    if _disturbed(candidate, rules, needs_accuracy) and not _undecided(candidate, budget):
+        # Accepting its flags would not help.
+        refusal = candidate.said_of_flags(rules.accept, rules.strict)
+        missed = [check for check in checks(candidate, budget) if check.status == "missed"]
+        return [Check("measurement", "missed", refusal, math.inf), *missed]
+    return [Check("measurement", "missed", refusal, math.inf)]
 
 
 def significantly_less(one: AccuracyRow | None, other: AccuracyRow | None) -> bool | None:

@@ -77,15 +77,17 @@ class Candidate:
         cell = self.cell
         if cell.error is not None:
             return f"could not be measured: {cell.error}"
-        if cell.flags and (
-            bad := [flag for flag in cell.flags if strict or (flag in INVALID_FLAGS and flag not in accept)]
-        ):
+        if cell.flags and (found := self.said_of_flags(accept, strict)):
             wanted = ",".join(flag for flag in cell.flags if flag in INVALID_FLAGS)
-            found = "; ".join(said for flag in bad for said in said_of(cell, flag))
             return found + ("" if strict else f" (--accept {wanted} takes it)")
         if needs_accuracy and self.accuracy is None:
             return "no accuracy measured of these weights"
         return None
+
+    def said_of_flags(self, accept: tuple[str, ...], strict: bool) -> str:
+        """What is known of the flags that refuse the cell, empty where none does."""
+        bad = [flag for flag in self.cell.flags if strict or (flag in INVALID_FLAGS and flag not in accept)]
+        return "; ".join(said for flag in bad for said in said_of(self.cell, flag))
 
 
 def said_of(cell: Cell, flag: str) -> tuple[str, ...]:

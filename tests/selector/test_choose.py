@@ -83,16 +83,20 @@ def usable(one: Candidate, budget: Budget, rules: Rules) -> bool:
     return one.accuracy is not None or not (by_accuracy or budget.min_top1 is not None)
 
 
+def unflagged(one: Candidate) -> Candidate:
+    return replace(one, cell=msgspec.structs.replace(one.cell, flags=()))
+
+
 def only_disturbed(one: Candidate, budget: Budget, rules: Rules) -> bool:
     """Refused by its flags alone, and no call, memory, size or accuracy says that it would miss undisturbed too."""
-    clean = replace(one, cell=msgspec.structs.replace(one.cell, flags=()))
-    if usable(one, budget, rules) or not usable(clean, budget, rules):
+    if usable(one, budget, rules) or not usable(unflagged(one), budget, rules):
         return False
     for wanted in budget.latency:
         if wanted.percentile >= budget.confidence and min(one.cell.latency_s) > wanted.limit_s:
             return False
     unmoved = Budget(
         memory_bytes=budget.memory_bytes,
+        energy_j=budget.energy_j if one.cell.energy_j is None else None,
         size_bytes=budget.size_bytes,
         min_top1=budget.min_top1,
         confidence=budget.confidence,
@@ -229,7 +233,8 @@ def test_the_choice_is_that_of_the_brute_force(world, budget, rules):
     assert choice.pick is None
     assert choice.runner_up is None
     assert choice.cheaper is None
-    near = still_open or disturbed or eligible
+    flagged = [one for one in world if one.cell.error is None and usable(unflagged(one), budget, rules)]
+    near = still_open or disturbed or eligible or flagged
     if not near:
         assert choice.nearest is None
     else:

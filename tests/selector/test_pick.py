@@ -322,7 +322,22 @@ def test_what_was_measured_disturbed_decides_nothing(bare: World):
     said = bare.run("--latency", "5ms").out
     assert "h02-fp32 may meet the budget" in said
     assert f"nearest: h02-fp32: {remark} (--accept contended takes it)" in said
-    assert bare.json("--latency", "1us", code=3)["verdict"] == "infeasible"
+    slow = bare.json("--latency", "1us", code=3)
+    assert (slow["verdict"], slow["nearest"]["artifact"]) == ("infeasible", "h03-fp32")
+
+
+def test_where_all_was_measured_disturbed_the_nearest_is_named_without_advice_that_is_of_no_use(bare: World):
+    bare.evaluated()
+    bare.measured(bare.cell(2, flags=("contended",)), bare.cell(3, flags=("contended",)))
+    for options, reason in (
+        (("--latency", "1us"), "p95 over 1.00 us"),
+        (("--energy", "1J"), "energy was not measured"),
+    ):
+        found = bare.json(*options, code=3)
+        assert (found["verdict"], found["nearest"]["artifact"], found["knobs"]) == ("infeasible", "h02-fp32", [])
+        said = bare.run(*options).out
+        assert "nearest: h02-fp32: measured while contended; " + reason in said
+        assert "--accept" not in said
 
 
 def test_a_knob_names_other_conditions_of_this_device(world: World):
@@ -337,7 +352,7 @@ def test_a_knob_names_other_conditions_of_this_device(world: World):
 
 def test_nothing_usable_at_all_is_infeasible_without_a_nearest(bare: World):
     bare.evaluated()
-    bare.measured(failed(bare.named(2)), bare.cell(3, flags=("throttled",)))
+    bare.measured(failed(bare.named(2)), failed(bare.named(3)))
     found = bare.json("--latency", "1us", code=3)
     assert (found["verdict"], found["nearest"]) == ("infeasible", None)
     assert [r["artifact"] for r in found["rejected"]] == ["h02-fp32", "h03-fp32"]
