@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +158,33 @@ def test_output_that_cannot_be_written_is_an_environment_failure(shared_bundle):
     assert ran.returncode == 12
     assert "error: no space left on device" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize(("command", "code"), [("verify", 0), ("pick --latency 1s", 7)])
+def test_closed_streams_are_no_error(shared_bundle, tmp_path, closed, command, code):
+    line = f"{sys.executable} -m hydradeploy {command} --bundle {shared_bundle}"
+    ran = subprocess.run(["bash", "-c", f"{line} {closed}"], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == code
+    assert "Traceback" not in ran.stderr
+
+
+def test_progress_without_stderr_goes_nowhere(supernet_file, tmp_path):
+    line = f"{sys.executable} -m hydradeploy export --supernet {supernet_file} --bundle b --heads 2 --json 2>&-"
+    ran = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0
+    assert json.loads(ran.stdout)["bundle"] == "b"
+
+
+def test_a_file_whose_name_is_no_text_is_named(shared_bundle, image, tmp_path):
+    named = os.fsencode(tmp_path) + b"/\xff.png"
+    shutil.copy(os.fsencode(image), named)
+    command = [sys.executable, "-m", "hydradeploy", "run", named, "--bundle", str(shared_bundle)]
+    plain = subprocess.run(command, capture_output=True)
+    assert plain.returncode == 0, plain.stderr
+    assert plain.stdout.startswith(named + b"\n")
+    document = json.loads(subprocess.run([*command, "--json"], capture_output=True).stdout)
+    assert [Path(entry["image"]).name for entry in document["images"]] == ["\ufffd.png"]
 
 
 def test_no_colour_and_no_bar_where_there_is_no_terminal(supernet_file, tmp_path):

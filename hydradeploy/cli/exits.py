@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from hydradeploy.errors import EnvironmentFailed, ExitCode, HydraError, UsageErr
 
 def main() -> None:
     """Run the command line and exit with one of the documented codes."""
+    _open_streams()
     interrupts: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -29,6 +31,17 @@ def main() -> None:
         signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, _interrupted)
     sys.exit(_guarded(sys.argv[1:], lambda: bool(interrupts)))
+
+
+def _open_streams() -> None:
+    """A stream that was closed before we started takes what is written to it, to nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            sink = os.open(os.devnull, os.O_WRONLY)
+            os.set_inheritable(sink, True)  # what we start has it too
+            setattr(sys, name, os.fdopen(sink, "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text; they are printed as they are
+        sys.stdout.reconfigure(errors="surrogateescape")
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

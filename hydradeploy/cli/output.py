@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +14,22 @@ def say(text: str) -> None:
 
 
 def print_json(value: object) -> None:
-    print(msgspec.json.encode(value).decode())
+    try:
+        text = msgspec.json.encode(value)
+    except UnicodeEncodeError:  # of the name of a file, which need not be text
+        text = msgspec.json.encode(_encodable(msgspec.to_builtins(value, str_keys=True)))
+    print(text.decode())
+
+
+def _encodable(value: object) -> object:
+    """The same with bytes that are no text replaced."""
+    if isinstance(value, str):
+        return os.fsencode(value).decode(errors="replace")
+    if isinstance(value, list | tuple):
+        return [_encodable(one) for one in value]
+    if isinstance(value, dict):
+        return {_encodable(name): _encodable(one) for name, one in value.items()}
+    return value
 
 
 def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
