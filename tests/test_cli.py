@@ -187,6 +187,21 @@ def test_a_file_whose_name_is_no_text_is_named(shared_bundle, image, tmp_path):
     assert [Path(entry["image"]).name for entry in document["images"]] == ["\ufffd.png"]
 
 
+@pytest.mark.parametrize("columns", ["1", "40", "500"])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_table_is_cut_at_no_width(monkeypatch, capsys, columns, terminal):
+    from hydradeploy.cli.output import print_table
+
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    rows = [("h06-fp32 " * 20, "1.23 ms", "99.5%"), ("h03-fp16", "1.0 .. 2.0 " * 30, "")]
+    print_table(("artifact", "a title that is long", "top-1"), rows)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert all(part.strip() in out for row in rows for part in row)
+
+
 def test_no_colour_and_no_bar_where_there_is_no_terminal(supernet_file, tmp_path):
     ran = spawn("export", "--supernet", str(supernet_file), "--bundle", str(tmp_path / "b"), "--heads", "2")
     assert ran.returncode == 0

@@ -42,5 +42,9 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
         table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # Not a terminal: nothing is cut to an imagined width.
-    Console(width=None if sys.stdout.isatty() else 400).print(table)
+    console = Console()
+    # However narrow the terminal, no name and no figure is cut.
+    unlimited = console.options.update(max_width=sys.maxsize)
+    widest = max(console.width, console.measure(table, options=unlimited).maximum)
+    console.size = widest, console.height  # both, for a dumb terminal is else taken for 80 wide
+    console.print(table)
