@@ -63,8 +63,8 @@ def import_checkpoint(
     Without `trained_heads`, those of the checkpoint's own training arguments, else 3 up to all heads with a warning.
     `mean` and `std` (one value per channel) default to ImageNet's for colour images, else to 0.5. `crop_pct` and
     `interpolation` default to what the official code validates with.
-    Raises UsageError (no such file, `out` exists), IntegrityError (damaged), InputError (what does not fit, with its
-    name and both shapes), EnvironmentFailed (disk).
+    Raises UsageError (no such file, `out` exists, an option that does not fit), IntegrityError (damaged), InputError
+    (what does not fit, with its name and both shapes), EnvironmentFailed (disk).
     """
     if out.exists() and not force:
         raise UsageError(f"{out} exists", hint="replace it with --force, or name another file with --out")
@@ -72,8 +72,13 @@ def import_checkpoint(
     heads = trained_heads if trained_heads is not None else stored_heads
     try:
         geometry = _geometry(checkpoint, tensors, head_dim, heads)
-        colour = geometry.channels == 3
-        half = (0.5,) * geometry.channels
+    except ValueError as error:
+        if trained_heads is not None and "trained_heads" in str(error):
+            raise _wrong_option(error) from error
+        raise InputError(f"{checkpoint}: {error}") from error
+    colour = geometry.channels == 3
+    half = (0.5,) * geometry.channels
+    try:
         preprocessing = Preprocessing(
             mean=tuple(mean) if mean is not None else IMAGENET_MEAN if colour else half,
             std=tuple(std) if std is not None else IMAGENET_STD if colour else half,
@@ -82,8 +87,8 @@ def import_checkpoint(
         )
         names = None if class_names is None else tuple(class_names)
         spec = Spec(geometry=geometry, preprocessing=preprocessing, class_names=names)
-    except ValueError as error:
-        raise InputError(f"{checkpoint}: {error}") from error
+    except ValueError as error:  # what is not given fits
+        raise _wrong_option(error) from error
     save(out, spec, tensors, source=checkpoint)
     assumptions = []
     if heads is None:
@@ -93,6 +98,13 @@ def import_checkpoint(
             "An ordinary ViT computes nothing useful with fewer heads than it was trained with"
         )
     return Imported(out, spec, entry, tuple(assumptions))
+
+
+def _wrong_option(error: ValueError) -> UsageError:
+    """What a spec says of its fields, said of the options that they come from."""
+    fields = r"\b(crop_pct|mean|std|class_names|trained_heads)\b"
+    text = re.sub(fields, lambda field: f"--{field[0].replace('_', '-')}", str(error))
+    return UsageError(text, hint="hydradeploy import --help")
 
 
 class _Inert:
@@ -167,12 +179,21 @@ def _load(path: Path, stand_ins: Mapping[str, Any]) -> Any:
 _UNKNOWN_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
 
 
+# With these words torch advises to run whatever is in the file, which is nothing to pass on.
+_ADVICE = "Weights only load failed"
+
+
 def _refusal(path: Path, error: Exception) -> InputError | IntegrityError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     code = next((line for line in lines if "blocked" in line or "GLOBAL" in line), None)
     if code is not None:
         return InputError(
             f"{path}: refused, its pickle asks for code to be run ({code})",
+            hint="load it where you trust it and save the state dict as safetensors",
+        )
+    if _ADVICE in str(error):
+        return InputError(
+            f"{path}: not a torch checkpoint, or one with code in it, which is not run",
             hint="load it where you trust it and save the state dict as safetensors",
         )
     return IntegrityError(

@@ -231,20 +231,21 @@ def test_what_is_given_ends_up_in_the_spec(cli, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "code", "said"),
     [
-        ("--mean", "0.1,0.2", 11, "mean"),
+        ("--mean", "0.1,0.2", 2, "--mean"),
         ("--mean", "a,b,c", 2, "not a list of numbers"),
-        ("--mean", "nan,0,0", 11, "mean"),
-        ("--std", "0,1,1", 11, "std"),
-        ("--std", "inf,1,1", 11, "std"),
-        ("--crop-pct", "0", 11, "crop_pct"),
-        ("--crop-pct", "nan", 11, "crop_pct"),
+        ("--mean", "nan,0,0", 2, "--mean"),
+        ("--std", "0,1,1", 2, "--std"),
+        ("--std", "inf,1,1", 2, "--std"),
+        ("--crop-pct", "0", 2, "--crop-pct must be above 0"),
+        ("--crop-pct", "1.5", 2, "--crop-pct must be above 0"),
+        ("--crop-pct", "nan", 2, "--crop-pct"),
         ("--crop-pct", "much", 2, "crop-pct"),
         ("--interpolation", "cubic", 2, "interpolation"),
-        ("--trained-heads", "2-7", 11, "trained_heads"),
+        ("--trained-heads", "2-7", 2, "--trained-heads must be within 1..6"),
         ("--trained-heads", "two", 2, "head counts"),
         ("--head-dim", "0", 2, "head-dim"),
         ("--class-names", "absent.txt", 2, "absent.txt"),
-        ("--class-names", "/dev/null", 11, "0 class_names for 10 classes"),
+        ("--class-names", "/dev/null", 2, "0 --class-names for 10 classes"),
         ("--class-names", "/", 11, "cannot be read"),
         ("--colour", "red", 2, "--colour"),
     ],
@@ -331,6 +332,16 @@ def test_code_in_a_checkpoint_never_runs(cli, tmp_path, name, where, zipped):
         assert str(checkpoint) in ran.err
         assert "Traceback" not in ran.err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_pickle_of_something_else_is_refused_without_advice_to_run_it(cli, tmp_path, protocol):
+    path = tmp_path / "c.pth"
+    path.write_bytes(pickle.dumps([1, 2], protocol))
+    ran = cli("import", path, "--out", tmp_path / "out")
+    assert ran.code == 11
+    assert f"{path}: not a torch checkpoint, or one with code in it, which is not run" in ran.err
+    assert "weights_only" not in ran.err
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
