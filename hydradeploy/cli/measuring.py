@@ -164,8 +164,12 @@ def profile(
         remote = Remote(host, ssh, host_program, None if bootstrap is None else wheel(bootstrap))
         _profile_there(remote, bundle, profiles, _given(context, but=_NOT_THERE), dry_run, resume, strict, as_json)
         return
-    if host_program is not None or bootstrap is not None:
-        raise UsageError("--host-program and --bootstrap are about another device", hint="name it with --host")
+    told = [option for option in _given(context, but=()) if option.startswith(_ONLY_THERE)]
+    if told:
+        names = " and ".join(option.partition("=")[0] for option in told)
+        raise UsageError(
+            f"{names} {'is' if len(told) == 1 else 'are'} about another device", hint="name it with --host"
+        )
     if dry_run:
         _show_plan(plan_of(bundle, profiles, order), as_json)
         return
@@ -223,6 +227,10 @@ _NOT_THERE = (
     "dry_run",
     "resume",
 )
+
+
+# What is about another device; the variable of the environment for --ssh is no word about this run.
+_ONLY_THERE = ("--host-program=", "--bootstrap=", "--ssh=")
 
 
 def _given(context: typer.Context, *, but: Sequence[str]) -> list[str]:

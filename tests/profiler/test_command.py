@@ -70,6 +70,7 @@ def test_a_profile_end_to_end_is_one_json_document_and_then_a_table(shared_bundl
         (("--heads", "7"), 2, "no artifact of 7 heads\nhint: it has h02-fp32"),
         (("--heads", "six"), 2, "error: 'six' is not a list of head counts"),
         (("--precision", "int8"), 2, "no artifact of int8\nhint: it has h02-fp32"),
+        (("--ssh", "ssh -v"), 2, "error: --ssh is about another device\nhint: name it with --host"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is(
@@ -81,6 +82,12 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
     assert ran.out == ""
     assert "measuring" not in ran.err
     assert not (tmp_path / "profiles").exists()
+
+
+def test_how_another_device_is_reached_may_be_said_for_good(shared_bundle, tmp_path, cli: Cli, monkeypatch):
+    monkeypatch.setenv("HYDRADEPLOY_SSH", "ssh -v")
+    ran = cli("profile", "--bundle", shared_bundle, "--profiles", tmp_path / "profiles", "--dry-run")
+    assert ran.code == 0, ran.err
 
 
 def test_no_bundle_is_a_usage_error_that_says_how_to_make_one(tmp_path, cli: Cli):

@@ -215,7 +215,7 @@ def test_a_wrong_command_line_is_refused_before_anything_is_asked(stopped: Devic
 
 
 def test_options_about_another_device_need_one(bundle, cli):
-    for options in (("--bootstrap", "x.whl"), ("--host-program", "x")):
+    for options in (("--bootstrap", "x.whl"), ("--host-program", "x"), ("--ssh", "ssh -v")):
         ran = cli("profile", "--bundle", bundle, *options)
         assert (ran.code, ran.err.splitlines()[1]) == (2, "hint: name it with --host")
 
