@@ -86,10 +86,12 @@ def ways(
     asked = {runner.name: list(_settings(runner, settings or {})) for runner in runners}
     _check_names(runners, settings or {})
     found: list[Way] = []
+    run: set[str] = set()
     reasons: dict[str, list[str]] = {}
     for artifact, runner in product(artifacts, runners):
         reason = why_not(bundle, artifact, runner)
         if reason is None:
+            run.add(artifact.precision)
             types = runner.compute_types(artifact.precision)
             chosen = types[:1] if compute_types is None else [name for name in compute_types if name in types]
             found += [Way(artifact, runner, name, each) for name, each in product(chosen, asked[runner.name])]
@@ -97,8 +99,11 @@ def ways(
         if reason is not None:
             reasons.setdefault(reason, []).append(artifact.name)
     left_out = tuple(f"left out: {', '.join(names)}: {reason}" for reason, names in reasons.items())
-    _check_all_there(precisions or (), {way.artifact.precision for way in found}, "run", runners, precisions_of)
+    _check_all_there(precisions or (), run, "run", runners, precisions_of)
     _check_all_there(compute_types or (), {way.compute_type for way in found}, "compute in", runners, _compute_types)
+    computed = {way.artifact.precision for way in found}
+    verb = f"compute in {', '.join(compute_types or ())} the artifacts of"
+    _check_all_there(precisions or (), computed, verb, runners, _compute_types)
     if not found:
         raise MissingError("; ".join(reasons) or "no artifact to run", hint=_what_there_is(runners, precisions_of))
     return Ways(tuple(found), left_out)

@@ -261,6 +261,12 @@ def test_the_command_takes_backends_types_and_settings(shared_bundle, tmp_path, 
     [
         (["--precision", "fp16", "--backend", "abacus"], 8, ["abacus does not run fp16 here", "abacus has fp32"]),
         (["--compute-type", "bf16"], 8, ["onnxruntime does not compute in bf16", "onnxruntime has fp32"]),
+        (["--precision", "fp32", "--compute-type", "bf16"], 8, ["onnxruntime does not compute in bf16 here"]),
+        (
+            ["--precision", "fp32,fp16", "--compute-type", "fp32"],
+            8,
+            ["onnxruntime does not compute in fp32 the artifacts of fp16 here"],
+        ),
         (["--setting", "hint"], 2, ["--setting 'hint' is not possible", "hint=throughput"]),
         (["--setting", "hint="], 2, ["is not possible"]),
         (["--setting", "=latency"], 2, ["is not possible"]),
