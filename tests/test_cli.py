@@ -202,6 +202,14 @@ def test_a_table_is_cut_at_no_width(monkeypatch, capsys, columns, terminal):
     assert all(part.strip() in out for row in rows for part in row)
 
 
+def test_the_options_of_a_run_are_the_same_tables_in_json(cli: Cli):
+    start = ("train", "--data", "digits", "--epochs", 3, "--show-config")
+    document = json.loads(cli(*start, "--json").out)
+    assert (document["preset"], document["recipe"]["epochs"]) == ("digits", 3)
+    tables = {line.strip("[]").partition(".")[0] for line in cli(*start).out.splitlines() if line.startswith("[")}
+    assert tables == set(document) - {"preset"}
+
+
 def test_no_colour_and_no_bar_where_there_is_no_terminal(supernet_file, tmp_path):
     ran = spawn("export", "--supernet", str(supernet_file), "--bundle", str(tmp_path / "b"), "--heads", "2")
     assert ran.returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -54,7 +55,8 @@ def train(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file with any of the options of --show-config.")] = None,
     show_config: Annotated[
-        bool, typer.Option("--show-config", help="Print every option of this run as TOML, and train nothing.")
+        bool,
+        typer.Option("--show-config", help="Print every option of this run as TOML, or --json, and train nothing."),
     ] = False,
     epochs: Annotated[int | None, typer.Option(help="Default: what suits the data.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step, of all processes.", min=1)] = None,
@@ -132,7 +134,11 @@ def train(
     teacher = teacher or configs.file(written, "teacher", where)
     init_from = init_from or configs.file(written, "init_from", where)
     if show_config:
-        print(configs.shown(name, chosen, running, {"teacher": teacher, "init_from": init_from}), end="")
+        shown = configs.shown(name, chosen, running, {"teacher": teacher, "init_from": init_from})
+        if as_json:
+            print_json(_tables(shown))
+        else:
+            print(shown, end="")
         return
     with progress() as report:
         trained = call(
@@ -153,8 +159,16 @@ def train(
     if as_json:
         print_json({"out": str(out), "spec": trained.spec, "top1": top1, "seconds": trained.seconds})
     else:
-        shown = ", ".join(f"{name} {show_percent(share)}" for name, share in top1.items())
-        print(f"{out}: {_describe(trained.spec)}; top-1 on held-out images {shown}")
+        shares = ", ".join(f"{name} {show_percent(share)}" for name, share in top1.items())
+        print(f"{out}: {_describe(trained.spec)}; top-1 on held-out images {shares}")
+
+
+def _tables(text: str) -> dict[str, object]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
 
 
 def import_(
