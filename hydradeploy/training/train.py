@@ -32,6 +32,7 @@ from hydradeploy.training.running import Running
 
 Report = Callable[[str, int, int], None]
 _TOGETHER = 10  # steps between two meetings of the processes
+_NAMED_BAD = 3  # of the images that end a run, the last ones, for the others have been told
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,8 @@ class _Run:
             bad=found.progress.bad,
             init_sha256=found.progress.init_sha256,
         )
-        self._bad = dict.fromkeys(found.progress.bad, "")
+        self._bad = {index: f"training image {index} could not be read before" for index in found.progress.bad}
+        self._check_bad()
         before, now = found.progress.recipe.learning_rate, self._recipe.learning_rate
         if before != now and self._us.first:
             say(f"goes on with a learning rate of {now:g}, not {before:g}: another run from here on")
@@ -305,20 +307,24 @@ class _Run:
                 if index in self._bad:
                     continue
                 self._bad[index] = reason
-                self._check_bad(reason)
-                say(f"{reason}; the next image takes its place ({len(self._bad)} so far)")
+                # Of several processes none ends alone: the others could only say that it has ended.
+                if self._us.world == 1:
+                    self._check_bad()
+                if len(self._bad) <= self._running.bad_images:
+                    say(f"{reason}; the next image takes its place ({len(self._bad)} so far)")
             yield batch
 
     def _share_bad(self) -> None:
         if self._us.world > 1:
             for others in self._us.gathered(self._bad):
                 self._bad |= others
-            self._check_bad("; ".join(filter(None, self._bad.values())))
+            self._check_bad()
 
-    def _check_bad(self, reason: str) -> None:
+    def _check_bad(self) -> None:
         if len(self._bad) > self._running.bad_images:
+            some = "; ".join(list(self._bad.values())[-_NAMED_BAD:])
             raise InputError(
-                f"{reason} ({len(self._bad)} images that cannot be read, {self._running.bad_images} allowed)",
+                f"{some} ({len(self._bad)} images that cannot be read, {self._running.bad_images} allowed)",
                 hint="mend or remove it, or let others take the place of so many with --bad-images",
             )
 
