@@ -29,6 +29,7 @@ from hydradeploy.data import glyphs, shards
 from hydradeploy.data.preprocess import SUFFIXES as SUFFIXES
 from hydradeploy.data.preprocess import open_image, prepare
 from hydradeploy.errors import InputError, MissingError, UsageError, environment
+from hydradeploy.files import sha256_bytes
 from hydradeploy.spec import Spec
 
 BUILT_IN = ("digits", "glyphs")
@@ -47,7 +48,8 @@ class Dataset:
 
     `read(i)` gives image i as it is stored, decoded, and raises InputError that says where it is from if it is damaged.
     It may be called by several threads, and by processes forked since. `places(i)` is where image i is from; None where
-    it has no place of its own.
+    it has no place of its own. `identity()` differs where the images or their order do, wherever the data set lies and
+    as far as can be told without reading images from disk.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Dataset:
     labels: NDArray[np.int64]
     read: Callable[[int], Image.Image]
     places: Callable[[int], str] | None = None
+    identity: Callable[[], bytes] = bytes
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -166,14 +169,20 @@ def _folder(path: Path, split: Split) -> Dataset:
         if len(files) == before:
             raise InputError(f"{folder}: no image in this class folder ({', '.join(SUFFIXES)})")
         labels += [label] * (len(files) - before)
-    return _of_files(path, split, tuple(folder.name for folder in classes), labels, files)
+    return _of_files(path, root, split, tuple(folder.name for folder in classes), labels, files)
 
 
-def _of_files(path: Path, split: Split, names: tuple[str, ...], labels: list[int], files: list[str]) -> Dataset:
+def _of_files(
+    path: Path, root: Path, split: Split, names: tuple[str, ...], labels: list[int], files: list[str]
+) -> Dataset:
     def read(index: int) -> Image.Image:
         return open_image(Path(files[index]))
 
-    return Dataset(path.name, split, names, np.array(labels, np.int64), read, files.__getitem__)
+    def identity() -> bytes:
+        above = len(str(root / "x")) - 1
+        return b"\0".join(os.fsencode(file[above:]) for file in files)
+
+    return Dataset(path.name, split, names, np.array(labels, np.int64), read, files.__getitem__, identity)
 
 
 def _flat(path: Path, root: Path, split: Split) -> Dataset:
@@ -194,7 +203,7 @@ def _flat(path: Path, root: Path, split: Split) -> Dataset:
         if name is None:
             raise InputError(f"{file}: {table} has no label for it", hint="it labels the images of val, not of test")
         labels.append(numbers[name])
-    return _of_files(path, split, names, labels, files)
+    return _of_files(path, root, split, names, labels, files)
 
 
 def _solution(table: Path) -> dict[str, str]:
@@ -236,7 +245,7 @@ def _sharded(path: Path, split: Split, found: Mapping[Split, tuple[Path, ...]], 
             f"{opened.where(first)}: its label is {opened.labels[first]}, but there are {len(names)} classes",
             hint=f"see {' or '.join(shards.CLASS_FILES)} beside the shards",
         )
-    return Dataset(path.name, split, names, opened.labels, opened.read, opened.where)
+    return Dataset(path.name, split, names, opened.labels, opened.read, opened.where, opened.identity)
 
 
 def _split_folder(path: Path, split: Split) -> Path:
@@ -272,7 +281,14 @@ def _npz(path: Path, split: Split) -> Dataset:
             f"{path}: `{prefix}labels` must be 0 to {len(class_names) - 1}, found {labels.min()} to {labels.max()}"
         )
     squeezed = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
-    return Dataset(path.name, split, class_names, labels.astype(np.int64), lambda i: Image.fromarray(squeezed[i]))
+    return Dataset(
+        path.name,
+        split,
+        class_names,
+        labels.astype(np.int64),
+        lambda i: Image.fromarray(squeezed[i]),
+        identity=lambda: sha256_bytes(np.ascontiguousarray(squeezed).data).encode(),
+    )
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:

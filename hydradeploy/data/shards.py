@@ -110,6 +110,11 @@ class Shards:
         key = bytes(self._keys[sample]).decode(errors="replace")
         return f"{self._paths[self._shard(sample)]}: {key}"
 
+    def identity(self) -> bytes:
+        """The samples by name, place and length; not by time, which a copy of the shards does not keep."""
+        names = (os.fsencode(path.name) for path in self._paths)
+        return b"\0".join((*names, *(part.tobytes() for part in (self._first, self._keys, self._places))))
+
     def read(self, sample: int) -> Image.Image:
         """A sample's image, decoded; by any thread, and by processes that were forked since.
 

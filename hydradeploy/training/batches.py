@@ -181,11 +181,12 @@ class Streamed:
 
     def __init__(self, dataset: Dataset, spec: Spec, recipe: Recipe, workers: int) -> None:
         self._dataset, self._spec, self._recipe, self._workers = dataset, spec, recipe, workers
-        # Which images in which order, wherever the data set lies; reading them all would take as long as an epoch.
-        places = [dataset.where(i) for i in range(len(dataset))]
-        root = len(os.path.commonpath(places)) if places else 0
-        names = "\0".join((*dataset.class_names, *(place[root:] for place in places))).encode()
-        self.sha256 = hashlib.sha256(dataset.labels.astype("<i8").tobytes() + names).hexdigest()
+
+    @cached_property
+    def sha256(self) -> str:
+        """See Source."""
+        labels = self._dataset.labels.astype("<i8").tobytes()
+        return hashlib.sha256(labels + self._dataset.identity()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._dataset)

@@ -249,6 +249,59 @@ def shards(folder: Path, root: Path) -> Path:
     return root
 
 
+def arrays(folder: Path, root: Path) -> Path:
+    """As many images of random pixels as there are in the folder, with its labels, in an .npz file."""
+    root.mkdir()
+    generator, found = np.random.default_rng(0), {}
+    for split, count in (("train", 24), ("val", 12)):
+        found[f"{split}_images"] = generator.integers(0, 256, (count, 20, 20, 3), dtype=np.uint8)
+        found[f"{split}_labels"] = np.arange(count) * 3 // count
+    np.savez(root / "set.npz", **found)
+    return root / "set.npz"
+
+
+def others_in_shards(path: Path) -> None:
+    """Replace the images of a shard, by the same names, by others."""
+    with tarfile.open(path / "train-0001.tar") as tar:
+        members = [(entry.name, tar.extractfile(entry).read()) for entry in tar.getmembers()]
+    with tarfile.open(path / "train-0001.tar", "w") as tar:
+        for name, data in members:
+            if name.endswith(".jpg"):
+                out = io.BytesIO()
+                Image.open(io.BytesIO(data)).rotate(180).save(out, "JPEG", quality=50)
+                data = out.getvalue()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def others_in_arrays(path: Path) -> None:
+    with np.load(path) as held:
+        found = dict(held)
+    found["train_images"][5, 3, 3, 0] ^= 1
+    np.savez(path, **found)
+
+
+@pytest.mark.parametrize(("made", "replace"), [(shards, others_in_shards), (arrays, others_in_arrays)])
+def test_a_copy_is_gone_on_with_and_other_images_of_the_same_names_are_not(
+    folder, tmp_path, monkeypatch, made, replace
+):
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place, running = made(folder, tmp_path / "set"), Running(workers=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(str(place), tmp_path / "s", preset(), running=running, report=stop)
+    shutil.copytree(tmp_path / "set", tmp_path / "copy", copy_function=shutil.copyfile)
+    replace(place)
+    with pytest.raises(UsageError, match="differs in the training images"):
+        train(str(place), tmp_path / "s", preset(), running=running, resume=True)
+    copied = tmp_path / "copy" / place.relative_to(tmp_path / "set")
+    train(str(copied), tmp_path / "s", preset(), running=running, resume=True)
+
+
 def test_shards_train_as_the_folder_does(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     train(str(folder), tmp_path / "a", preset(), running=Running(workers=1))
