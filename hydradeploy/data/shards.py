@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 CLASS_FILES = ("classes.txt", "synset_words.txt")
 """Beside shards or one folder up: one class a line, in the order of the labels; of the second the first word counts."""
 
-_NAMED = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)[-_.]?\d+(?:-of-\d+)?\.tar")
+_NAMED = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)([-_.]?\d+(?:-of-\d+)?)?\.tar")
+_WORDS = re.compile(r"[a-z]+")
 _SPLITS: Mapping[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _COMPRESSED = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tgz")
 _IMAGES = frozenset(suffix[1:].encode() for suffix in SUFFIXES)
@@ -52,21 +53,35 @@ def find(folder: Path) -> dict[Split, tuple[Path, ...]]:
     A split's shards are named after it (train-0000.tar, imagenet1k-validation-00.tar, or val.tar, where no folder may
     have been unpacked from it) or are all of those in a folder that is (train/0000.tar). Where neither is so, all of
     the folder's are the test split. A folder with folders in it holds images by class; archives beside them are what
-    these were unpacked from. Raises InputError where there are compressed shards only.
+    these were unpacked from. Raises InputError where there are compressed shards only, and where the names speak of
+    several splits in another way.
     """
     found: dict[Split, tuple[Path, ...]] = {}
     here, alone = _tar_files(folder)
     for path in here:
         match = _NAMED.fullmatch(path.name)
-        split = _SPLITS.get(match[1] if match is not None else path.stem if alone else "")
-        if split is not None:
+        if match is not None and (match[2] or alone):
+            split = _SPLITS[match[1]]
             found[split] = (*found.get(split, ()), path)
     for word, split in _SPLITS.items():
         if split not in found and (folder / word).is_dir():
             below, only = _tar_files(folder / word)
             if below and only:
                 found[split] = below
-    return found or ({"test": here} if here and alone else {})
+    if found or not (here and alone):
+        return found
+    _check_one_split(here)
+    return {"test": here}
+
+
+def _check_one_split(paths: Sequence[Path]) -> None:
+    """Training images must not be tested with because their shards are called train_full.tar or Train.tar."""
+    of = {split: path for path in paths for word in _WORDS.findall(path.name.lower()) if (split := _SPLITS.get(word))}
+    if len(of) > 1:
+        raise InputError(
+            f"{', '.join(map(str, of.values()))}: shards of several splits, but which are whose is not certain",
+            hint="name them train-0000.tar, val-0000.tar and so on",
+        )
 
 
 def _tar_files(folder: Path) -> tuple[tuple[Path, ...], bool]:

@@ -112,11 +112,27 @@ def test_links_and_folders_are_no_images(tmp_path, layout):
         open_dataset(str(tmp_path), "val")
 
 
-def test_the_only_shard_of_a_split_needs_no_number(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "imagenet-"])
+def test_the_only_shard_of_a_split_needs_no_number_and_its_index_is_kept_beside_the_others(tmp_path, cache, prefix):
     place = tmp_path / "set"
-    shard(place / "train.tar", *sample("a", 0, 0), *sample("b", 1, 1))
-    shard(place / "val.tar", *sample("c", 1, 2))
+    shard(place / f"{prefix}train.tar", *sample("a", 0, 0), *sample("b", 1, 1))
+    shard(place / f"{prefix}val.tar", *sample("c", 1, 2))
     assert [len(open_dataset(str(place), split)) for split in ("train", "val")] == [2, 1]
+    kept = {path: path.read_bytes() for path in cache.iterdir()}
+    assert len(kept) == 2
+    for split in ("train", "val"):
+        open_dataset(str(place), split)
+    assert {path: path.read_bytes() for path in cache.iterdir()} == kept
+
+
+@pytest.mark.parametrize("names", [("train_full", "val_full"), ("Train", "VAL"), ("train-a", "train-b", "test-a")])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_shards_of_several_splits_are_never_one_test_split(tmp_path, names, split):
+    for number, name in enumerate(names):
+        shard(tmp_path / "set" / f"{name}.tar", *sample("a", number))
+    with pytest.raises(InputError, match="shards of several splits") as refused:
+        open_dataset(str(tmp_path / "set"), split)
+    assert "train-0000.tar" in str(refused.value.hint)
 
 
 @pytest.mark.parametrize(
