@@ -96,7 +96,7 @@ def resolved(preset: Preset, where: str, *layers: Mapping[str, Any]) -> tuple[Pr
     geometry = given.get("geometry")
     if isinstance(geometry, dict) and "heads" not in geometry:
         trained = geometry.get("trained_heads")
-        if isinstance(trained, list | tuple) and trained and all(isinstance(heads, int) for heads in trained):
+        if isinstance(trained, list | tuple) and trained and all(type(heads) is int for heads in trained):
             given["geometry"] = geometry | {"heads": max(trained)}
     all_ = merged(_plain(preset, Running()), given)
     try:

@@ -114,6 +114,7 @@ def test_later_layers_win_down_to_the_field_and_heads_follow_the_trained_ones():
         ("recipe = 3\n", "at `$.recipe`"),
         ("[geometry]\ntrained_heads = 12\n", "at `$.geometry.trained_heads`"),
         ("[geometry]\ntrained_heads = '3-6'\n", "at `$.geometry.trained_heads`"),
+        ("[geometry]\ntrained_heads = [true]\n", "at `$.geometry.trained_heads[0]`"),
         ("[geometry]\nchannels = 3\n", "mean has 1 values for 3 channels"),
         ("[recipe]\nweight_decay = -0.1\n", "weight_decay must be at least 0"),
         ("geometry = 'x'\n", "at `$.geometry`"),
