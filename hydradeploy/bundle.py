@@ -438,6 +438,8 @@ def write_accuracy(bundle: Bundle, fresh: Mapping[AccuracyRow, Outcomes | None])
         outcomes: dict[str, Outcomes] = {}
         with suppress(IntegrityError):  # outcomes that do not belong to the rows are of no use to anybody
             outcomes = read_outcomes(bundle)
+        # What was damaged is lost; that row's figures are not.
+        kept = [row if row.outcomes in outcomes else msgspec.structs.replace(row, outcomes=None) for row in kept]
         outcomes |= {row.outcomes: found for row, found in fresh.items() if row.outcomes and found is not None}
         rows = (*kept, *fresh)
         wanted = {row.outcomes for row in rows}

@@ -101,7 +101,7 @@ class Caller:
             run.loop()
             return run.calls
         # They begin together, for while some are still to come fewer are in flight than are said to be.
-        gate = threading.Barrier(self.concurrency)
+        gate = threading.Barrier(self.concurrency, run.begin)
         loop = partial(run.guarded_loop, gate)
         # Daemons: no caller keeps a process that is told to end.
         threads = [threading.Thread(target=loop, daemon=True) for _ in range(self.concurrency)]
@@ -131,6 +131,10 @@ class _Run:
     enough: bool = False
     error: BaseException | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self) -> None:
+        """All callers are there."""
+        self.calls.started_s = self.caller.clock()
 
     def guarded_loop(self, gate: threading.Barrier) -> None:
         try:
