@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -134,11 +133,11 @@ def train(
     teacher = teacher or configs.file(written, "teacher", where)
     init_from = init_from or configs.file(written, "init_from", where)
     if show_config:
-        shown = configs.shown(name, chosen, running, {"teacher": teacher, "init_from": init_from})
+        whole = (name, chosen, running, {"teacher": teacher, "init_from": init_from})
         if as_json:
-            print_json(_tables(shown))
+            print_json(configs.tables(*whole))
         else:
-            print(shown, end="")
+            print(configs.shown(*whole), end="")
         return
     with progress() as report:
         trained = call(
@@ -161,14 +160,6 @@ def train(
     else:
         shares = ", ".join(f"{name} {show_percent(share)}" for name, share in top1.items())
         print(f"{out}: {_describe(trained.spec)}; top-1 on held-out images {shares}")
-
-
-def _tables(text: str) -> dict[str, object]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(text)
 
 
 def import_(

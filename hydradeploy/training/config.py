@@ -112,9 +112,14 @@ def shown(name: str, preset: Preset, running: Running, files: Mapping[str, Path 
     """The TOML text of a run that began as the preset of that name; `read` and `resolved` give the run again."""
     import tomli_w
 
+    return tomli_w.dumps(tables(name, preset, running, files))
+
+
+def tables(name: str, preset: Preset, running: Running, files: Mapping[str, Path | None]) -> dict[str, Any]:
+    """What `shown` writes."""
     top = {"preset": name} | {what: str(path) for what, path in files.items() if path is not None}
     told = _told(_plain(preset, running), _plain(preset_named(name), Running()))
-    return tomli_w.dumps(top | told)
+    return top | told
 
 
 def _plain(preset: Preset, running: Running) -> dict[str, Any]:
