@@ -18,7 +18,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +27,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import msgspec
 
 from hydradeploy.errors import IntegrityError, MissingError, UsageError, environment
-from hydradeploy.files import inside, locked, moved_aside, sha256_bytes, sha256_file, user_cache, write_atomically
+from hydradeploy.files import (
+    inside,
+    locked,
+    moved_aside,
+    sha256_bytes,
+    sha256_file,
+    try_writing,
+    user_cache,
+    write_atomically,
+)
 from hydradeploy.spec import Geometry, Record, Spec, Subnet, decode
 from hydradeploy.stored import ITEM_BYTES, Dtype, Form, Input, layers, stored
 
@@ -425,7 +433,7 @@ def holds_bundle(path: Path) -> bool:
 def check_writable(bundle: Bundle) -> None:
     """Raise EnvironmentFailed where accuracy could not be written into the bundle."""
     with locked(bundle.path, lambda _: None), environment(f"writing accuracy into {bundle.path}"):
-        tempfile.TemporaryFile(dir=bundle.path).close()
+        try_writing(bundle.path)
 
 
 def write_accuracy(bundle: Bundle, fresh: Mapping[AccuracyRow, Outcomes | None]) -> None:

@@ -61,6 +61,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def try_writing(directory: Path) -> None:
+    """Make and remove a file in a directory; raises OSError. What cannot be kept is not worth working for."""
+    tempfile.TemporaryFile(dir=directory).close()
+
+
 def inside(root: Path, name: str) -> Path:
     """The path of `name` below `root`.
 

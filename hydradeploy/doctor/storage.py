@@ -11,6 +11,7 @@ from pathlib import Path
 from hydradeploy.devices.reading import field_of
 from hydradeploy.doctor.patient import Patient, Row, Status, said
 from hydradeploy.errors import HydraError
+from hydradeploy.files import try_writing
 from hydradeploy.measurements import read_profile
 from hydradeploy.units import show_bytes
 
@@ -75,7 +76,7 @@ def _disk(patient: Patient, name: str, directory: Path) -> Row:
         return Row("disk", name, "wrong", f"{directory}: not a directory", "name another directory")
     place = next((path for path in (directory, *directory.absolute().parents) if path.is_dir()), Path("/"))
     try:
-        tempfile.TemporaryFile(dir=place).close()
+        try_writing(place)
     except OSError as error:
         fix = f"sudo chown $USER {shlex.quote(str(place))}, or name another directory"
         return Row("disk", name, "wrong", f"{place}: cannot be written ({error.strerror})", fix)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +17,7 @@ from hydradeploy.devices import Machine, machine
 from hydradeploy.engines.building import build_missing, label
 from hydradeploy.engines.plans import KINDS, EngineOptions
 from hydradeploy.errors import InvalidError, MissingError, environment
+from hydradeploy.files import try_writing
 from hydradeploy.measurements import Cell, Device, Profile, Stored, add_profile, place_of, read_profiles
 from hydradeploy.processes import check_threads
 from hydradeploy.profiler import journal as journals
@@ -126,8 +126,8 @@ def profile(
     setting = _setting(bundle, order, here)
     with environment(f"writing into {profiles}"):
         profiles.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=profiles).close()  # what cannot be kept is not worth measuring
-    known = read_profiles(profiles)  # nor what a damaged file would keep from being merged
+        try_writing(profiles)
+    known = read_profiles(profiles)  # a damaged file would keep what is measured from being merged
     setting = _with_engines(setting, EngineOptions(build=build), report, say)
     if watch is None:
         watch = _watching(setting.here.kind, lock_clocks) if here is None else lambda: nullcontext(Unwatched())

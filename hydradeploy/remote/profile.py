@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from hydradeploy.errors import (
     MissingError,
     environment,
 )
-from hydradeploy.files import inside, write_atomically
+from hydradeploy.files import inside, try_writing, write_atomically
 from hydradeploy.measurements import Cell, Profile, Stored, add_profile, read_profiles
 from hydradeploy.remote.channel import (
     PROTOCOL,
@@ -135,7 +134,7 @@ def profile(
     opened = open_bundle(bundle)
     with environment(f"writing into {profiles}"):
         profiles.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=profiles).close()
+        try_writing(profiles)
     read_profiles(profiles)  # a damaged one would keep what is measured from being merged
     with _conversation(remote, say) as there:
         copied, known = there.copy(opened, report)

@@ -102,7 +102,7 @@ def test_what_cannot_be_written_is_told_before_the_work(bundle, labelled, monkey
     def full(*given: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hydradeploy.bundle.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
     reported: list[str] = []
     with pytest.raises(EnvironmentFailed, match="no space left"):
         evaluate(bundle, str(labelled), report=lambda what, done, total: reported.append(what))
