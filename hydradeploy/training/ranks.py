@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hydradeploy.errors import EnvironmentFailed, UsageError
+from hydradeploy.errors import EnvironmentFailed, MissingError, UsageError
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class Ranks:
 def ranks(device: str | None = None) -> Iterator[Ranks]:
     """Join the other processes of the run, by the variables that torchrun sets; leave them when the block ends.
 
-    `device` is cpu or cuda; by default cuda where there is one. Raises UsageError where it is not there,
-    EnvironmentFailed when another process has ended.
+    `device` is cpu or cuda; by default cuda where there is one. Raises UsageError for another, MissingError where it is
+    not there, EnvironmentFailed when another process has ended.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"no device {kind!r} to train on", hint="cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError("cuda: torch finds no GPU here", hint="install torch for CUDA, or --device cpu")
+        raise MissingError("cuda: torch finds no GPU here", hint="install torch for CUDA, or --device cpu")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda" and local >= torch.cuda.device_count():

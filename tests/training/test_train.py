@@ -43,6 +43,8 @@ def preset(shape: Geometry = SHAPE, **recipe: object) -> Preset:
 
 SHIFTED = Augmentation(shift=0.2)
 
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+
 
 def test_every_subnet_learns(blobs, tmp_path):
     trained = train(blobs, tmp_path / "s", preset(epochs=40, learning_rate=3e-3))
@@ -208,6 +210,8 @@ def test_the_rate_warms_up_and_ends_low():
         (["--patch-size", "3"], 2, "image_size 32 is not a multiple of patch_size 3"),
         (["--init-from", "none.safetensors"], 2, "no such file"),
         (["--resume"], 2, "nothing to resume"),
+        (["--device", "tpu"], 2, "no device 'tpu' to train on"),
+        pytest.param(["--device", "cuda"], 8, "finds no GPU here", marks=WITHOUT_GPU),
     ],
 )
 def test_options_that_make_no_sense_are_refused(blobs, tmp_path, cli: Cli, options, code, text):
