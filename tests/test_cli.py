@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hydradeploy import errors
+from hydradeploy.engines.cudart import why_no_driver
 from hydradeploy.errors import EXIT_CODES, ExitCode
 from tests.conftest import Cli
 
@@ -253,6 +254,22 @@ def test_help_imports_nothing_heavy(arguments):
     )
     ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert ran.stdout.splitlines()[-1] == "HEAVY []"
+
+
+@pytest.mark.skipif(why_no_driver() is None, reason="torch is asked for a GPU where there is a driver")
+@pytest.mark.parametrize("arguments", [["profile", "--dry-run"], ["doctor"]])
+def test_where_no_gpu_can_be_nobody_waits_for_torch(arguments, shared_bundle, tmp_path):
+    code = (
+        "import sys; sys.argv = ['hydradeploy', *sys.argv[1:]]\n"
+        "from hydradeploy.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    here = ["--bundle", shared_bundle, "--profiles", tmp_path]
+    ran = subprocess.run([sys.executable, "-c", code, *arguments, *here], capture_output=True, text=True)
+    assert "usage" not in ran.stderr.lower()
+    assert ran.stdout.splitlines()[-1] == "False"
 
 
 def test_importing_the_package_imports_nothing_heavy_and_public_names_work():

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from hydradeploy.backends import Images, Model, Options, Weights, check_input, check_options, read_ahead, with_defaults
 from hydradeploy.backends.torch import TYPES, file_key, first_line, forward, nested, weights_of, whole
+from hydradeploy.engines import cudart
 from hydradeploy.engines.cudart import AMPERE
 from hydradeploy.errors import EnvironmentFailed, MissingError
 
@@ -159,7 +160,8 @@ class _TorchCuda:
     def why_not(self) -> str | None:
         if not find_spec("torch"):
             return "the package torch is not installed"
-        return _why_no_gpu()
+        # Before torch is imported, which takes seconds, for most machines have no GPU.
+        return cudart.why_no_driver() or _why_no_gpu()
 
     def software(self) -> Mapping[str, str]:
         import torch

@@ -358,12 +358,26 @@ def why_no_gpu() -> str | None:
         return error.message
 
 
-def _name(path: str) -> str:
-    """Of the first GPU, from the driver; raises MissingError."""
+@cache
+def why_no_driver() -> str | None:
+    """None where there is a driver, else the sentence to show: without one no runtime finds a GPU."""
     try:
-        driver = C.CDLL(path)
+        _driver(_DRIVER)
+    except MissingError as error:
+        return error.message
+    return None
+
+
+def _driver(path: str) -> C.CDLL:
+    try:
+        return C.CDLL(path)
     except OSError as error:
         raise MissingError(f"CUDA's driver cannot be loaded: {error}") from error
+
+
+def _name(path: str) -> str:
+    """Of the first GPU, from the driver; raises MissingError."""
+    driver = _driver(path)
     device, name = _I(), C.create_string_buffer(256)
     for function, arguments in (
         ("cuInit", (_U(0),)),

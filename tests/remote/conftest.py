@@ -22,6 +22,7 @@ import pytest
 from tests.conftest import missing
 from tests.processes import alive
 
+ROOT = Path(__file__).parents[2]
 MARK = "HYDRADEPLOY_TEST_DEVICE"
 # A machine that does something else as well may need minutes for what takes seconds.
 PATIENCE_S = 120.0
@@ -90,7 +91,9 @@ class Device:
 
     def install(self, script: str | None = None) -> None:
         """A `hydradeploy` in its PATH: the one of these tests, or a script of sh."""
-        script = script or f'exec {shlex.quote(sys.executable)} -m hydradeploy "$@"'
+        if script is None:
+            here, python = shlex.quote(str(ROOT)), shlex.quote(sys.executable)
+            script = f'PYTHONPATH={here} exec {python} -m hydradeploy "$@"'
         (self.bin / "hydradeploy").write_text(f"#!/bin/sh\n{script}\n")
         (self.bin / "hydradeploy").chmod(0o755)
 
