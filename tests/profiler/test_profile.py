@@ -539,8 +539,8 @@ def test_the_median_of_each_cell_is_that_of_the_distribution_within_a_hundredth(
 @pytest.mark.parametrize("law", LAWS, ids=str)
 def test_bounds_of_profiles_hold_with_their_confidence(shared_bundle, tmp_path, law):
     """So few right ones of so many are a thing of one in a thousand where each is right with the confidence."""
-    found = counted(law, shared_bundle, tmp_path, 8)
-    assert found.runs == 80
+    found = counted(law, shared_bundle, tmp_path, 3)
+    assert found.runs == 30
     assert found.given > 0.9 * found.runs, str(found)
     assert binom.cdf(found.right, found.given, 0.95) > 1e-3, str(found)
     assert median(found.samples) == pytest.approx(law.median, rel=0.01), "also where processes differ"
