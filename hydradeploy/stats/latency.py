@@ -68,37 +68,36 @@ def bounds(samples: Sequence[float], process: Sequence[int], level: float, confi
     ):
         raise ValueError("latencies must be positive and finite, at least one, with a process each")
     chains = by_process(samples, process)
-    found = _bounds_alone(chains, level, confidence)
+    ordered = sorted(samples)
+    logs = [[math.log(value) for value in chain] for chain in chains]
+
+    def alone(level: float, worth: float) -> Bounds:
+        spread = spread_of(chains, worth)
+        lower = upper = None
+        why_not = _why_not(len(ordered), worth, spread, len(chains))
+        ranks = _Ranks(ordered, logs, worth, level, confidence)
+        if why_not is None and spread is not None:
+            lower, upper = ranks.lower(spread), ranks.upper(spread)
+        return Bounds(
+            level=level,
+            estimate=quantile(ordered, level),
+            lower=lower,
+            upper=upper,
+            n=len(ordered),
+            n_effective=worth,
+            processes=len(chains),
+            spread=spread,
+            assumes="log-normal latencies" if upper is not None and ranks.misses is None else None,
+            why_not=why_not,
+        )
+
+    levels = (level, *(lower for lower in _COMMON_LEVELS if lower < level))
+    found, *under = map(alone, levels, worths(chains, levels))
     if found.upper is None:
         return found
     # Each level has its own estimate of dependence: a lower one can be worth less, and bounded by more.
-    under = [_bounds_alone(chains, lower, confidence) for lower in _COMMON_LEVELS if lower < level]
     widest = max([found, *under], key=lambda each: each.upper or 0.0)
     return replace(found, upper=widest.upper, assumes=widest.assumes)
-
-
-def _bounds_alone(chains: Sequence[Sequence[float]], level: float, confidence: float) -> Bounds:
-    ordered = sorted(value for chain in chains for value in chain)
-    logs = [[math.log(value) for value in chain] for chain in chains]
-    worth = n_effective(chains, level)
-    spread = spread_of(chains, worth)
-    lower = upper = None
-    why_not = _why_not(len(ordered), worth, spread, len(chains))
-    ranks = _Ranks(ordered, logs, worth, level, confidence)
-    if why_not is None and spread is not None:
-        lower, upper = ranks.lower(spread), ranks.upper(spread)
-    return Bounds(
-        level=level,
-        estimate=quantile(ordered, level),
-        lower=lower,
-        upper=upper,
-        n=len(ordered),
-        n_effective=worth,
-        processes=len(chains),
-        spread=spread,
-        assumes="log-normal latencies" if upper is not None and ranks.misses is None else None,
-        why_not=why_not,
-    )
 
 
 def by_process(samples: Sequence[float], process: Sequence[int]) -> list[list[float]]:
@@ -110,7 +109,12 @@ def by_process(samples: Sequence[float], process: Sequence[int]) -> list[list[fl
 
 
 def n_effective(chains: Sequence[Sequence[float]], level: float) -> float:
-    """What samples of several processes, each in order, are worth for a quantile if they were independent.
+    """What samples of several processes, each in order, are worth for a quantile if they were independent."""
+    return worths(chains, [level])[0]
+
+
+def worths(chains: Sequence[Sequence[float]], levels: Sequence[float]) -> list[float]:
+    """The `n_effective` of each level.
 
     n over the integrated autocorrelation time, the larger one of the ranks (which no outlier distorts) and of being
     among the slowest (bursts of slow calls are dependence that ranks hardly see). At least one for each process.
@@ -118,13 +122,15 @@ def n_effective(chains: Sequence[Sequence[float]], level: float) -> float:
     ordered = sorted(value for chain in chains for value in chain)
     n = len(ordered)
     place = {value: rank for rank, value in enumerate(ordered)}
-    # At the level itself, but with ten samples above it.
-    slow = quantile(ordered, max(0.5, min(level, 1 - 10 / n)))
-    times = (
-        autocorrelation_time([[place[value] for value in chain] for chain in chains]),
-        autocorrelation_time([[float(value > slow) for value in chain] for chain in chains]),
-    )
-    return max(float(len(chains)), n / max(times))
+    of_ranks = autocorrelation_time([[place[value] for value in chain] for chain in chains])
+
+    def worth(level: float) -> float:
+        # At the level itself, but with ten samples above it.
+        slow = quantile(ordered, max(0.5, min(level, 1 - 10 / n)))
+        of_slow = autocorrelation_time([[float(value > slow) for value in chain] for chain in chains])
+        return max(float(len(chains)), n / max(of_ranks, of_slow))
+
+    return [worth(level) for level in levels]
 
 
 def autocorrelation_time(chains: Sequence[Sequence[float]]) -> float:

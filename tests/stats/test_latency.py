@@ -368,7 +368,7 @@ def test_the_lower_bound_of_samples_worth_few_is_not_above_the_estimate(monkeypa
     """Of ten independent samples even the largest is a lower bound of half a chance, of a hundred worth ten it is
     above the estimate."""
     assert lower_rank(10, level, 0.5) == 10
-    monkeypatch.setattr(latency, "n_effective", lambda chains, level: 10.0)
+    monkeypatch.setattr(latency, "worths", lambda chains, levels: [10.0] * len(levels))
     found = bounds_of(alternating(5, 20), level, 0.5)
     assert found.lower == found.estimate
 
@@ -443,7 +443,7 @@ def test_the_bound_that_assumes_log_normal_latencies_is_the_tolerance_bound_of_a
     monkeypatch, level, confidence, spread, worth
 ):
     """Of a third of what samples are worth, moved by the tolerance bound of a fresh process's level."""
-    monkeypatch.setattr(latency, "n_effective", lambda chains, level: worth)
+    monkeypatch.setattr(latency, "worths", lambda chains, levels: [worth] * len(levels))
     chains = [
         [value**10 * math.exp(spread * (i - 1.5)) for value in chain] for i, chain in enumerate(alternating(4, 12))
     ]
@@ -485,7 +485,7 @@ def test_the_bound_that_assumes_log_normal_latencies_is_not_below_the_slowest_ca
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
 def test_bounds_end_at_so_much_dependence_and_so_little_worth(monkeypatch, n, worth, why_not, level):
     assert (MOST_DEPENDENCE, LEAST_WORTH) == (20, 10)
-    monkeypatch.setattr(latency, "n_effective", lambda chains, level: worth)
+    monkeypatch.setattr(latency, "worths", lambda chains, levels: [worth] * len(levels))
     found = bounds_of(alternating(*n), level)
     assert (found.n_effective, found.why_not) == (worth, why_not)
     assert (found.upper is None, found.lower is None) == (why_not is not None,) * 2
