@@ -313,15 +313,18 @@ class Bundle:
 
     def golden(self) -> Golden:
         """The golden samples; raises IntegrityError where they cannot be read."""
+        from zipfile import BadZipFile
+
         import numpy as np
 
         path = inside(self.path, GOLDEN)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            # numpy leaves a file open that it opened and cannot read.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 logits = {name.removeprefix("logits."): arrays[name] for name in arrays.files if name != "images"}
                 return Golden(arrays["images"], logits)
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise IntegrityError(f"{path}: cannot be read ({error})") from error
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise IntegrityError(f"{path}: cannot be read ({error})", hint=_COPY_AGAIN) from error
 
 
 class Extent(NamedTuple):

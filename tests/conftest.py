@@ -187,6 +187,17 @@ def bundle(tmp_path: Path, shared_bundle: Path) -> Path:
     return Path(shutil.copytree(shared_bundle, tmp_path / "bundle"))
 
 
+def rot(path: Path, at: int) -> None:
+    """Change a byte without a trace in the file's size, time and inode, as a failing disk does."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at % before.st_size)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 0xFF]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """An image file of 60 by 40 pixels."""

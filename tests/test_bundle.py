@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hydradeploy.bundle import MANIFEST, STAMP, Manifest, form_of, open_bundle, read_manifest
+from hydradeploy.bundle import GOLDEN, MANIFEST, STAMP, Manifest, form_of, open_bundle, read_manifest
 from hydradeploy.errors import IntegrityError, UsageError
 from hydradeploy.files import sha256_bytes
 from hydradeploy.stored import ITEM_BYTES, layers, stored
-from tests.conftest import Cli
+from tests.conftest import Cli, rot
 
 FILES = ("supernet-fp32.weights", "h03-fp32.onnx", "h03-fp32.trt.onnx", "golden.npz", MANIFEST)
 
@@ -104,14 +104,18 @@ def test_first_open_finds_tampered_weights_and_a_stamp_spares_the_next_ones(bund
 
 def test_only_always_finds_a_change_that_hides_behind_size_time_and_inode(bundle):
     open_bundle(bundle)
-    path = bundle / "supernet-fp32.weights"
-    before = path.stat()
-    with path.open("r+b") as file:
-        file.write(b"\xff")
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    rot(bundle / "supernet-fp32.weights", 0)
     open_bundle(bundle)
     with pytest.raises(IntegrityError, match="supernet-fp32"):
         open_bundle(bundle, "always")
+
+
+@pytest.mark.parametrize("at", [2000, -20])
+def test_golden_samples_that_rotted_since_they_were_hashed_are_named(bundle, at):
+    open_bundle(bundle)
+    rot(bundle / GOLDEN, at)
+    with pytest.raises(IntegrityError, match=r"golden\.npz: cannot be read"):
+        open_bundle(bundle).golden()
 
 
 def test_a_graph_is_hashed_at_every_open(bundle):

@@ -54,6 +54,8 @@ from hydradeploy.stored import Form, Input, Tensor, stored
 from hydradeploy.supernet.store import Weights, load
 
 SAMPLES = 8
+# Runtimes count images in 32 bits.
+_LARGEST_BATCH = 2**31 - 1
 
 Report = Callable[[str, int, int], None]
 
@@ -90,8 +92,8 @@ def export(
     if engine is not None:
         check_can_build(engine, targets)
     kinds = [precision(name) for name in precisions]
-    if batch != "dynamic" and batch < 1:
-        raise UsageError(f"batch {batch} is not possible", hint="--batch takes 1 or more, or dynamic")
+    if batch != "dynamic" and not 1 <= batch <= _LARGEST_BATCH:
+        raise UsageError(f"batch {batch} is not possible", hint=f"--batch takes 1 to {_LARGEST_BATCH}, or dynamic")
     check_exchangeable(bundle)
     runner = backend("onnxruntime")
     report("reading the supernet", 0, 1)
@@ -336,7 +338,7 @@ def _existing(path: Path, supernet_sha256: str, *, force: bool) -> Bundle | None
     if not holds_bundle(path):
         raise UsageError(f"{path} exists and is no bundle; it is left as it is", hint="name another with --bundle")
     try:
-        there = open_bundle(path)
+        there = open_bundle(path, "always")  # its golden samples are kept
     except IntegrityError as error:
         if force:
             return None

@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 
 from hydradeploy import export, open_bundle
 from hydradeploy.backends import BACKEND_MODULES, PRECISION_NAMES
-from hydradeploy.bundle import MANIFEST
+from hydradeploy.bundle import GOLDEN, MANIFEST
 from hydradeploy.data.preprocess import normalise
 from hydradeploy.engines.cache import Cache, Key
 from hydradeploy.errors import EnvironmentFailed, IntegrityError, ParityError, UsageError
 from hydradeploy.supernet.store import load
-from tests.conftest import Cli, geometry, missing, write_images, write_supernet
+from tests.conftest import Cli, geometry, missing, rot, write_images, write_supernet
 
 
 def names(bundle: Path) -> list[str]:
@@ -305,7 +305,13 @@ def test_head_counts_that_cannot_be_read_are_refused(supernet_file, tmp_path, cl
 
 @pytest.mark.parametrize(
     ("option", "value", "code"),
-    [("--precision", "int7", 2), ("--batch", "0", 2), ("--batch", "many", 2), ("--data", "no-such-folder", 2)],
+    [
+        ("--precision", "int7", 2),
+        ("--batch", "0", 2),
+        ("--batch", "9" * 20, 2),
+        ("--batch", "many", 2),
+        ("--data", "no-such-folder", 2),
+    ],
 )
 def test_other_wrong_options_are_refused(supernet_file, tmp_path, cli: Cli, option, value, code):
     ran = cli("export", "--supernet", supernet_file, "--bundle", tmp_path / "b", option, value)
@@ -340,6 +346,17 @@ def test_a_damaged_bundle_is_refused_without_force_and_replaced_with_it(supernet
     export(supernet_file, bundle, heads=(3,), force=True)
     assert names(bundle) == ["h03-fp32"]
     assert not (bundle / "h02-fp32.onnx").exists()
+
+
+def test_golden_samples_that_rotted_are_refused_and_replaced_with_force(supernet_file, tmp_path, cli: Cli):
+    bundle = tmp_path / "b"
+    export(supernet_file, bundle, heads=(2,))
+    assert cli("verify", "--bundle", bundle).code == 0
+    rot(bundle / GOLDEN, 2000)
+    order = ("export", "--supernet", supernet_file, "--bundle", bundle, "--heads", 3)
+    assert cli(*order).code == 10
+    assert cli(*order, "--force").code == 0
+    assert names(bundle) == ["h03-fp32"]
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -12,11 +12,11 @@ import onnx
 import pytest
 
 from hydradeploy import export, open_bundle, pack, run, verify
-from hydradeploy.bundle import MANIFEST
+from hydradeploy.bundle import GOLDEN, MANIFEST
 from hydradeploy.errors import IntegrityError
 from hydradeploy.exporter.weights import block, map_weights
 from hydradeploy.stored import stored
-from tests.conftest import Cli
+from tests.conftest import Cli, rot
 
 
 def size(directory: Path) -> int:
@@ -161,6 +161,16 @@ def test_a_damaged_bundle_is_not_packed(bundle, tmp_path):
         file.write(b"tampered")
     with pytest.raises(IntegrityError, match="supernet-fp32"):
         pack(bundle, "h03-fp32", tmp_path / "device")
+    assert not (tmp_path / "device").exists()
+
+
+@pytest.mark.parametrize("name", ["supernet-fp32.weights", GOLDEN])
+def test_what_rotted_since_the_bundle_was_hashed_gets_no_hash_of_its_own(bundle, tmp_path, cli: Cli, name):
+    open_bundle(bundle)
+    rot(bundle / name, 100)
+    ran = cli("pack", "h03-fp32", "--bundle", bundle, "--out", tmp_path / "device")
+    assert ran.code == 10
+    assert f"{bundle / name}: changed" in ran.err
     assert not (tmp_path / "device").exists()
 
 
