@@ -36,6 +36,7 @@ from hydradeploy.files import (
     try_writing,
     user_cache,
     write_atomically,
+    write_together,
 )
 from hydradeploy.spec import Geometry, Record, Spec, Subnet, decode
 from hydradeploy.stored import ITEM_BYTES, Dtype, Form, Input, layers, stored
@@ -464,8 +465,8 @@ def write_accuracy(bundle: Bundle, fresh: Mapping[AccuracyRow, Outcomes | None])
         np.savez_compressed(buffer, **arrays)
         record = AccuracyFile(schema=1, evaluation_sha256=sha256_bytes(buffer.getvalue()), rows=rows)
         with environment(f"writing accuracy into {bundle.path}"):
-            write_atomically(bundle.path / EVALUATION, buffer.getvalue())
-            write_atomically(bundle.path / ACCURACY, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+            text = msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+            write_together({bundle.path / EVALUATION: buffer.getvalue(), bundle.path / ACCURACY: text})
 
 
 _OUTCOME_PARTS = ("prediction", "probability")

@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -47,17 +47,27 @@ def sha256_file(path: Path) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a whole file under a temporary name and rename it; raises OSError and leaves what was there."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write whole files that belong together: none is renamed before all are on the disk, so that one that fills up
+    leaves all of what was there; raises OSError."""
+    temporary: dict[Path, str] = {}
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-        os.replace(temporary, path)
+        for path, data in files.items():
+            descriptor, temporary[path] = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.fchmod(file.fileno(), 0o666 & ~_umask())
+        for path, name in temporary.items():
+            os.replace(name, path)
     except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
+        for name in temporary.values():
+            with suppress(OSError):
+                os.unlink(name)
         raise
 
 

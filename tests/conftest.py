@@ -139,6 +139,23 @@ def everything(tmp_path_factory: pytest.TempPathFactory, supernet_file: Path) ->
 
 
 @pytest.fixture(scope="session")
+def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in fp32 and fp16 of grey samples, where fp16 overflows on what is white; do not write to it."""
+    require("onnxruntime")
+    from hydradeploy import export
+
+    path, model = tmp_path_factory.mktemp("overflowing"), supernet()
+    with torch.no_grad():
+        model.patch_embed.proj.weight[0] = 300.0
+    save(path / "supernet.safetensors", spec(model.geometry), model.state_dict())
+    grey = np.random.default_rng(0).integers(126, 130, (8, 32, 32, 3), dtype=np.uint8)
+    np.savez(path / "grey.npz", images=grey)
+    options = {"heads": (2,), "precisions": ("fp32", "fp16"), "data": path / "grey.npz"}
+    export(path / "supernet.safetensors", path / "bundle", **options)  # type: ignore[arg-type]
+    return path / "bundle"
+
+
+@pytest.fixture(scope="session")
 def deit_b_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A supernet file of DeiT-B's size, heads 3 to 12."""
     return write_supernet(tmp_path_factory.mktemp("deit_b") / "supernet.safetensors", deit_b_geometry())

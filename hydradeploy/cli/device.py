@@ -150,7 +150,7 @@ def run(
         print_json({**how, "images": predictions})
     failed = sum(prediction.error is not None for prediction in predictions)
     if failed:
-        raise InputError(f"{failed} of {len(predictions)} images could not be read, the others are answered")
+        raise InputError(f"{failed} of {len(predictions)} images have no answer")
 
 
 def _picked(bundle: Path, profiles: Path, latency: list[str], accept: str | None, as_json: bool) -> Picked:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def evaluate(
     `limit` takes that many images, spread evenly over the set. `backends` None is the first usable one, `all` among
     them every usable one; `compute_types` None is the default of each artifact. What a backend does not run, or fails
     to, is left out and the others go on. Rows of the same artifact, backend, compute type, instruction set and data set
-    are replaced, all others stay.
+    are replaced, all others stay; where those were of other images `say` is told, of another number before the work.
 
     Raises UsageError (no bundle, no such data set), InputError (an image or a label refused, another number of
     classes), IntegrityError (damaged bundle), MissingError (no backend, none that runs any artifact or computes in what
@@ -77,7 +78,7 @@ def evaluate(
     dataset = open_dataset(data, "test")
     chosen = np.arange(len(dataset)) if limit is None else spread(len(dataset), limit)
     shown = _Shown(opened, dataset, chosen, dataset.labels_for(opened.spec)[chosen])
-    for line in wanted.left_out:
+    for line in (*wanted.left_out, *_to_be_replaced(opened, wanted.found, dataset.name, len(chosen))):
         say(line)
     check_writable(opened)  # what cannot be kept is not worth hours
     rows: dict[AccuracyRow, Outcomes] = {}
@@ -99,13 +100,25 @@ def evaluate(
     return Evaluation(bundle, tuple(rows), (*wanted.left_out, *failed))
 
 
+def _to_be_replaced(bundle: Bundle, found: Sequence[Way], dataset: str, n: int) -> Iterator[str]:
+    """A line where an evaluation on another number of images goes."""
+    lost: dict[int, list[str]] = {}
+    rows = [row for row in read_accuracy(bundle) if row.dataset == dataset and row.n != n]
+    for way, row in product(found, rows):
+        way_of_row = (row.sha256, row.backend, row.compute_type, row.instruction_set)
+        if way_of_row == (way.artifact.sha256, way.runner.name, way.compute_type, instruction_set()):
+            lost.setdefault(row.n, []).append(way.artifact.name)
+    for before, names in lost.items():
+        yield f"{', '.join(names)}: {n} images of {dataset} are going to replace an evaluation on {before}"
+
+
 def _replaced(bundle: Bundle, fresh: Iterable[AccuracyRow]) -> Iterator[str]:
-    """A line where fewer images than before are what is known from now on."""
-    before = read_accuracy(bundle)
-    for row in fresh:
-        for other in before:
-            if row.replaces(other) and row.n < other.n:
-                yield f"{row.artifact}: {row.n} images of {row.dataset} replace an evaluation on {other.n}"
+    """A line where as many other images, of another data set of that name, are what is known from now on."""
+    pairs = [(row, other) for other in read_accuracy(bundle) for row in fresh if row.replaces(other)]
+    names = [row.artifact for row, other in pairs if row.n == other.n and row.data_sha256 != other.data_sha256]
+    if names:
+        row = pairs[0][0]
+        yield f"{', '.join(names)}: these {row.n} images of {row.dataset} replace an evaluation on as many others"
 
 
 def declare(bundle: Path, table: Path) -> Evaluation:
@@ -150,7 +163,7 @@ def _outcomes(
     spec, chosen = shown.bundle.spec, shown.chosen
     digest = hashlib.sha256(shown.labels.astype("<i8").tobytes())
     with ExitStack() as stack:
-        asked = [_Asked(shown.bundle, way, stack) for way in alike]
+        asked = [_Asked(shown.bundle, shown.dataset, way, stack) for way in alike]
         for start in range(0, len(chosen), _CHUNK):
             if all(one.error is not None for one in asked):
                 break
@@ -162,7 +175,7 @@ def _outcomes(
                 kind: prepared(pixels, kind, spec.preprocessing) for kind in {way.artifact.input for way in alike}
             }
             for one in asked:
-                one.show(images[one.way.artifact.input], shown.labels[start : start + _CHUNK])
+                one.show(images[one.way.artifact.input], shown.labels[start : start + _CHUNK], indices)
     report(len(chosen), len(chosen))
     failed += [f"left out: {one.way.artifact.name}: {one.error}" for one in asked if one.error is not None]
     return [(one.way, _joined(one.said)) for one in asked if one.error is None], digest.hexdigest()
@@ -171,19 +184,25 @@ def _outcomes(
 class _Asked:
     """An artifact that is shown images until it fails."""
 
-    def __init__(self, bundle: Bundle, way: Way, stack: ExitStack) -> None:
+    def __init__(self, bundle: Bundle, dataset: Dataset, way: Way, stack: ExitStack) -> None:
         self.way = way
         self.said: list[Outcomes] = []
         self.error: str | None = None
+        self._dataset = dataset
         self._model = model_of(bundle, way.artifact, way.runner.dialect)
         self._session: Session | None = None
         with self._failing():
             self._session = stack.enter_context(way.runner.open(self._model, way.options()))
 
-    def show(self, images: Images, labels: NDArray[np.int64]) -> None:
+    def show(self, images: Images, labels: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
         if self._session is not None and self.error is None:
             with self._failing():
-                self.said.append(_judge(run_all(self._session, self._model, images), labels))
+                logits = run_all(self._session, self._model, images)
+                broken = ~np.isfinite(logits).all(1)
+                if broken.any():
+                    where = self._dataset.where(int(indices[broken.argmax()]))
+                    raise MissingError(f"NaN or infinite logits for {where}")
+                self.said.append(_judge(logits, labels))
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -234,10 +253,15 @@ def _measured(way: Way, dataset: Dataset, digest: str, found: Outcomes) -> Accur
 
 def _declared(bundle: Bundle, table: Path) -> Iterator[AccuracyRow]:
     artifacts = {artifact.name: artifact for artifact in bundle.manifest.artifacts}
+    lines: dict[tuple[str, str], str] = {}
     for place, row in _lines(table):
         if row["artifact"] not in artifacts:
             raise InputError(
                 f"{place}: no artifact {row['artifact']!r} in {bundle.path}", hint=f"it has {', '.join(artifacts)}"
+            )
+        if (earlier := lines.setdefault((row["artifact"], row["dataset"]), place)) != place:
+            raise InputError(
+                f"{place}: {row['artifact']} on {row['dataset']} is there twice", hint=f"the other is {earlier}"
             )
         try:
             top1, n = float(row["top1"]), int(row["n"])
@@ -269,8 +293,9 @@ def _declared(bundle: Bundle, table: Path) -> Iterator[AccuracyRow]:
 def _lines(table: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
     wanted = ("artifact", "dataset", "top1", "n")
     try:
-        with table.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
+        # Spreadsheets put a byte order mark in front, people a space behind a comma.
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
             missing = [name for name in wanted if name not in (reader.fieldnames or ())]
             if missing:
                 raise InputError(f"{table}: no column {', '.join(missing)}", hint=f"the header is {','.join(wanted)}")

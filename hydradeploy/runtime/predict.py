@@ -28,7 +28,7 @@ class Guess(Record, frozen=True, kw_only=True):
 
 
 class Prediction(Record, frozen=True, kw_only=True):
-    """The likeliest classes of one image, or why it could not be read."""
+    """The likeliest classes of one image, or why there are none."""
 
     image: str
     top: tuple[Guess, ...] = ()
@@ -60,9 +60,9 @@ def run(
     """Classify image files; the artifact of most heads where none is named.
 
     `compute_type` and `settings` are the backend's defaults where they are not given. An image that cannot be read
-    becomes a Prediction with its error, and the others are still answered. Raises UsageError (no bundle, no such
-    artifact or setting), IntegrityError (damaged bundle), MissingError (no backend, or it does not run the artifact in
-    that compute type).
+    or that the artifact has no finite logits for becomes a Prediction with its error, and the others are still
+    answered. Raises UsageError (no bundle, no such artifact or setting), IntegrityError (damaged bundle), MissingError
+    (no backend, or it does not run the artifact in that compute type).
     """
     if top < 1:
         raise UsageError(f"top {top} must be at least 1")
@@ -89,7 +89,7 @@ def run(
                     if isinstance(image, str):
                         yield Prediction(image=str(path), error=image)
                     else:
-                        yield Prediction(image=str(path), top=_top(next(logits), top, opened.spec.class_names))
+                        yield _prediction(path, next(logits), chosen.name, top, opened.spec.class_names)
 
     computed_in = compute_type or runner.compute_types(chosen.precision)[0]
     return Run(chosen, runner.name, computed_in, predictions())
@@ -109,6 +109,14 @@ def _load(path: Path, bundle: Bundle) -> NDArray[np.uint8] | str:
         return load_image(path, bundle.spec)
     except InputError as error:
         return error.message
+
+
+def _prediction(
+    path: Path, logits: NDArray[np.float32], artifact: str, top: int, names: tuple[str, ...] | None
+) -> Prediction:
+    if not np.isfinite(logits).all():
+        return Prediction(image=str(path), error=f"{path}: {artifact} gives NaN or infinite logits for it")
+    return Prediction(image=str(path), top=_top(logits, top, names))
 
 
 def _top(logits: NDArray[np.float32], count: int, names: tuple[str, ...] | None) -> tuple[Guess, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -88,14 +89,66 @@ def test_evaluating_again_replaces_just_its_own_rows(bundle, labelled, tmp_path)
     assert all(len(outcomes[row.outcomes].right) == 30 for row in third)
 
 
-def test_fewer_images_than_before_are_told(bundle, labelled):
+def test_another_number_of_images_than_before_is_told_before_the_work(bundle, labelled):
     said: list[str] = []
+
+    def interrupted(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
     evaluate(bundle, str(labelled), limit=20, say=said.append)
     assert not said
-    evaluate(bundle, str(labelled), limit=5, say=said.append)
-    assert len(said) == 10
-    assert "5 images of" in said[0]
-    assert "replace an evaluation on 20" in said[0]
+    with pytest.raises(KeyboardInterrupt):  # it is told while it can still be helped
+        evaluate(bundle, str(labelled), limit=5, say=said.append, report=interrupted)
+    (line,) = said
+    assert line.startswith("h02-fp32, h03-fp32, ")
+    assert line.endswith("h06-fp16: 5 images of images.npz are going to replace an evaluation on 20")
+    assert {row.n for row in read_accuracy(open_bundle(bundle))} == {20}
+    evaluate(bundle, str(labelled), limit=5)
+    assert {row.n for row in read_accuracy(open_bundle(bundle))} == {5}
+
+
+def test_as_many_images_of_another_data_set_of_that_name_are_told(bundle, labelled, tmp_path):
+    said: list[str] = []
+    evaluate(bundle, str(labelled), limit=20, say=said.append)
+    evaluate(bundle, str(labelled), limit=20, say=said.append)
+    assert not said
+    with np.load(labelled) as arrays:
+        np.savez(tmp_path / labelled.name, images=255 - arrays["images"], labels=arrays["labels"])
+    evaluate(bundle, str(tmp_path / labelled.name), limit=20, say=said.append)
+    assert [line.partition(": ")[2] for line in said] == [
+        "these 20 images of images.npz replace an evaluation on as many others"
+    ] * 2  # fp32 and fp16
+
+
+def test_a_disk_that_fills_up_while_accuracy_is_written_leaves_what_was_there(bundle, labelled, monkeypatch, cli: Cli):
+    before = evaluate(bundle, str(labelled), limit=20).rows
+    made = tempfile.mkstemp
+
+    def full(prefix: str, dir: Path) -> tuple[int, str]:
+        if ACCURACY in prefix:
+            raise OSError(errno.ENOSPC, "No space left on device", str(dir))
+        return made(prefix=prefix, dir=dir)
+
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    ran = cli("evaluate", "--bundle", bundle, "--data", labelled)
+    assert ran.code == 12
+    assert "nothing that was there before is lost" in ran.err
+    monkeypatch.undo()
+    assert read_accuracy(open_bundle(bundle)) == before
+    assert set(read_outcomes(open_bundle(bundle))) == {row.outcomes for row in before}
+    assert not list(bundle.glob(".evaluation*"))
+
+
+def test_an_artifact_that_overflows_on_an_image_is_left_out_and_the_image_named(overflowing, tmp_path, cli: Cli):
+    path = Path(shutil.copytree(overflowing, tmp_path / "bundle"))
+    images = np.full((60, 32, 32, 3), 128, np.uint8)
+    images[40] = 255
+    np.savez(tmp_path / "l.npz", images=images, labels=np.arange(60) % 10)
+    ran = cli("evaluate", "--bundle", path, "--data", tmp_path / "l.npz", "--json")
+    assert ran.code == 0, ran.err
+    document = json.loads(ran.out)
+    assert [row["artifact"] for row in document["rows"]] == ["h02-fp32"]
+    assert document["left_out"] == ["left out: h02-fp16: NaN or infinite logits for l.npz: image 40"]
 
 
 def test_what_cannot_be_written_is_told_before_the_work(bundle, labelled, monkeypatch):
@@ -185,6 +238,10 @@ def test_declared_accuracy_is_marked_so_and_stays_apart(bundle, labelled, tmp_pa
         ("artifact,dataset,top1,n\nh02-fp32,d,0.5,ten\n", "line 2: top1 must be"),
         ("artifact,dataset,top1,n\nh02-fp32,,0.5,10\n", "line 2: dataset is empty"),
         ("artifact,dataset,top1,n\nh02-fp32,d\n", "line 2: top1, n is empty"),
+        (
+            "artifact,dataset,top1,n\nh02-fp32,d,0.5,10\nh02-fp32,e,0.5,10\nh02-fp32,d,0.6,10\n",
+            "line 4: h02-fp32 on d is there twice",
+        ),
         ("artifact,dataset,top1,n\n", "holds no rows"),
         ("", "no column artifact, dataset, top1, n"),
     ],
@@ -267,6 +324,13 @@ def test_a_bundle_with_accuracy_still_verifies_and_packs(bundle, labelled, tmp_p
     evaluate(bundle, str(labelled), limit=5)
     assert cli("verify", "--bundle", bundle).code == 0
     assert cli("pack", "h02-fp32", "--out", tmp_path / "p", "--bundle", bundle).code == 0
+
+
+def test_a_table_as_spreadsheets_and_people_write_it_is_read(bundle, tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_bytes(b"\xef\xbb\xbfartifact, dataset, top1, n\r\nh02-fp32, imagenet, 0.7, 100\r\n")
+    (row,) = declare(bundle, table).rows
+    assert (row.artifact, row.dataset, row.top1, row.n) == ("h02-fp32", "imagenet", 0.7, 100)
 
 
 def test_declaring_the_same_twice_keeps_one_row(bundle, tmp_path):

@@ -79,11 +79,23 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_answered(
     assert ran.out.splitlines().count(str(image)) == 2
     for path in (broken, text, tmp_path / "none.png"):
         assert f"error: {path}: " in ran.err
-    assert "3 of 5 images could not be read" in ran.err
+    assert "3 of 5 images have no answer" in ran.err
     assert "Traceback" not in ran.err
     documents = json.loads(cli("run", broken, image, "--bundle", tmp_path / "b", "--json").out)["images"]
     assert documents[0]["error"]
     assert documents[1]["error"] is None
+
+
+def test_an_image_that_overflows_is_named_and_gets_no_answer_made_of_nan(overflowing, tmp_path, image, cli: Cli):
+    white, grey = tmp_path / "white.png", tmp_path / "grey.png"
+    Image.new("RGB", (40, 40), (255, 255, 255)).save(white)
+    Image.new("RGB", (40, 40), (128, 128, 128)).save(grey)
+    ran = cli("run", white, grey, "--bundle", overflowing, "--artifact", "h02-fp16")
+    assert ran.code == 11
+    assert f"error: {white}: h02-fp16 gives NaN or infinite logits for it" in ran.err
+    assert ran.out.splitlines()[0] == str(grey)
+    first, second = json.loads(cli("run", white, grey, "--bundle", overflowing, "--json").out)["images"]
+    assert (first["error"], second["error"]) == (None, None), "fp32 has room for it"
 
 
 def test_answers_do_not_depend_on_the_batch(supernet_file, tmp_path):
