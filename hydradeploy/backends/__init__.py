@@ -23,7 +23,7 @@ from hydradeploy.files import inside
 from hydradeploy.spec import Geometry, Preprocessing, Subnet
 from hydradeploy.stored import Form, Input, image_shape
 
-# Every precision that an artifact can have.
+# Every precision that an artifact can have, the widest first.
 PRECISION_NAMES = ("fp32", "fp16", "bf16", "int8dyn", "int8")
 
 # The first usable one is the default.

@@ -61,11 +61,13 @@ def batch(text: str) -> Batch:
 
 def lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
+    # Not splitlines, for which a name may hold what ends a line; the last lines of a file may be empty.
+    return text.rstrip("\n").split("\n") if text.strip() else []
 
 
 def budget(

@@ -112,6 +112,11 @@ def open_dataset(source: str, split: Split) -> Dataset:
     )
 
 
+def name_of(path: Path) -> str:
+    """What records call a file or folder: its name, also where `path` is `.`; bytes that are no text are replaced."""
+    return os.path.basename(os.fsencode(os.path.abspath(path))).decode(errors="replace")
+
+
 def spread(total: int, count: int) -> NDArray[np.int64]:
     """`count` indices evenly over `total`, all of them at most: a set sorted by class gives many classes."""
     count = min(total, count)
@@ -169,7 +174,7 @@ def _folder(path: Path, split: Split) -> Dataset:
         if len(files) == before:
             raise InputError(f"{folder}: no image in this class folder ({', '.join(SUFFIXES)})")
         labels += [label] * (len(files) - before)
-    return _of_files(path, root, split, tuple(folder.name for folder in classes), labels, files)
+    return _of_files(path, root, split, tuple(map(name_of, classes)), labels, files)
 
 
 def _of_files(
@@ -182,7 +187,7 @@ def _of_files(
         above = len(str(root / "x")) - 1
         return b"\0".join(os.fsencode(file[above:]) for file in files)
 
-    return Dataset(path.name, split, names, np.array(labels, np.int64), read, files.__getitem__, identity)
+    return Dataset(name_of(path), split, names, np.array(labels, np.int64), read, files.__getitem__, identity)
 
 
 def _flat(path: Path, root: Path, split: Split) -> Dataset:
@@ -245,7 +250,7 @@ def _sharded(path: Path, split: Split, found: Mapping[Split, tuple[Path, ...]], 
             f"{opened.where(first)}: its label is {opened.labels[first]}, but there are {len(names)} classes",
             hint=f"see {' or '.join(shards.CLASS_FILES)} beside the shards",
         )
-    return Dataset(path.name, split, names, opened.labels, opened.read, opened.where, opened.identity)
+    return Dataset(name_of(path), split, names, opened.labels, opened.read, opened.where, opened.identity)
 
 
 def _split_folder(path: Path, split: Split) -> Path:
@@ -282,7 +287,7 @@ def _npz(path: Path, split: Split) -> Dataset:
         )
     squeezed = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
     return Dataset(
-        path.name,
+        name_of(path),
         split,
         class_names,
         labels.astype(np.int64),

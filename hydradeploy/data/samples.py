@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hydradeploy.data.datasets import BUILT_IN, SUFFIXES, image_files, open_dataset, read_arrays, spread
+from hydradeploy.data.datasets import BUILT_IN, SUFFIXES, image_files, name_of, open_dataset, read_arrays, spread
 from hydradeploy.data.preprocess import load_image
 from hydradeploy.errors import InputError, UsageError
 from hydradeploy.spec import Spec
@@ -41,7 +42,7 @@ def synthetic(spec: Spec, count: int, seed: int = 0) -> Samples:
 
 def is_synthetic(source: str) -> bool:
     """Whether samples of that source are made from a seed."""
-    return source.startswith(_SYNTHETIC)
+    return re.fullmatch(rf"{_SYNTHETIC}, seed \d+", source) is not None
 
 
 def read(source: str | Path, spec: Spec, count: int) -> Samples:
@@ -56,14 +57,14 @@ def read(source: str | Path, spec: Spec, count: int) -> Samples:
     if path.is_dir():
         files = image_files(path)
         if not files and any(path.rglob("*.tar")):
-            return _of_dataset(str(source), path.name, spec, count)
+            return _of_dataset(str(source), name_of(path), spec, count)
         if not files:
             raise InputError(f"{path}: no image in it ({', '.join(SUFFIXES)})")
-        return Samples(np.stack([load_image(files[i], spec) for i in spread(len(files), count)]), path.name)
+        return Samples(np.stack([load_image(files[i], spec) for i in spread(len(files), count)]), name_of(path))
     if not path.is_file():
         raise UsageError(f"{path}: no such file or folder", hint="--data takes a folder of images or an .npz file")
     images = _images(path, spec)
-    return Samples(images[spread(len(images), count)], path.name)
+    return Samples(images[spread(len(images), count)], name_of(path))
 
 
 def _of_dataset(source: str, name: str, spec: Spec, count: int) -> Samples:

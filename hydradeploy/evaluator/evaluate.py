@@ -32,6 +32,7 @@ from hydradeploy.bundle import (
 from hydradeploy.data.datasets import Dataset, open_dataset, spread
 from hydradeploy.devices.cpu import instruction_set
 from hydradeploy.errors import InputError, MissingError, UsageError
+from hydradeploy.spec import Spec
 from hydradeploy.stats.logits import softmax
 from hydradeploy.stats.proportions import wilson
 
@@ -78,7 +79,8 @@ def evaluate(
     dataset = open_dataset(data, "test")
     chosen = np.arange(len(dataset)) if limit is None else spread(len(dataset), limit)
     shown = _Shown(opened, dataset, chosen, dataset.labels_for(opened.spec)[chosen])
-    for line in (*wanted.left_out, *_to_be_replaced(opened, wanted.found, dataset.name, len(chosen))):
+    lost = _to_be_replaced(opened, wanted.found, dataset.name, len(chosen))
+    for line in (*wanted.left_out, *_by_position(dataset, opened.spec), *lost):
         say(line)
     check_writable(opened)  # what cannot be kept is not worth hours
     rows: dict[AccuracyRow, Outcomes] = {}
@@ -98,6 +100,14 @@ def evaluate(
     if not rows:
         raise MissingError(f"no artifact could be evaluated: {'; '.join(failed)}")
     return Evaluation(bundle, tuple(rows), (*wanted.left_out, *failed))
+
+
+def _by_position(dataset: Dataset, spec: Spec) -> Iterator[str]:
+    """A line where only some classes have the same name on both sides: one is misspelt, or they are other classes."""
+    names, others = set(spec.class_names or ()), set(dataset.class_names)
+    if names != others and names & others:
+        alone = ", ".join(repr(name) for name in sorted(others - names)[:3])
+        yield f"labels of {dataset.name} are taken by position: the supernet has no class called {alone}"
 
 
 def _to_be_replaced(bundle: Bundle, found: Sequence[Way], dataset: str, n: int) -> Iterator[str]:

@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.backends import Backend, Options, backend, check_options, model_of, prepared, run_all
+from hydradeploy.backends import (
+    PRECISION_NAMES,
+    Backend,
+    Options,
+    backend,
+    check_options,
+    model_of,
+    prepared,
+    run_all,
+)
 from hydradeploy.backends.ways import why_not
 from hydradeploy.bundle import Artifact, Bundle, Check, open_bundle
 from hydradeploy.data.preprocess import load_image
@@ -101,7 +110,7 @@ def largest(bundle: Bundle, runner: Backend) -> Artifact:
     runs = [artifact for artifact in bundle.manifest.artifacts if reasons[artifact.name] is None]
     if not runs:
         raise MissingError("; ".join(dict.fromkeys(filter(None, reasons.values()))) or "no artifact to run")
-    return max(runs, key=lambda artifact: (artifact.heads, artifact.size_bytes))
+    return max(runs, key=lambda artifact: (artifact.heads, -PRECISION_NAMES.index(artifact.precision)))
 
 
 def _load(path: Path, bundle: Bundle) -> NDArray[np.uint8] | str:

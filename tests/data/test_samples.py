@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hydradeploy.data.preprocess import load_image
-from hydradeploy.data.samples import read, synthetic
+from hydradeploy.data.samples import is_synthetic, read, synthetic
 from hydradeploy.errors import InputError, UsageError
 from tests.conftest import geometry, spec
 
@@ -33,6 +33,11 @@ def flat(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (40, 40), (value,) * 3).save(path)
     return path
+
+
+def test_only_made_images_count_as_made():
+    assert is_synthetic(synthetic(spec(), 1, seed=12).source)
+    assert not is_synthetic("synthetic-photos")
 
 
 def test_made_images_are_the_same_for_the_same_seed_and_others_for_another():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -19,8 +21,8 @@ from hydradeploy.data.datasets import open_dataset
 from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import EnvironmentFailed, InputError, IntegrityError, MissingError
 from hydradeploy.stats.proportions import wilson
-from hydradeploy.supernet.store import load
-from tests.conftest import Cli, geometry, write_supernet
+from hydradeploy.supernet.store import load, save
+from tests.conftest import Cli, geometry, spec, write_supernet
 from tests.fakes import Fake, install
 
 
@@ -197,19 +199,40 @@ def test_accuracy_stays_with_its_weights_when_artifacts_are_added_and_replaced(t
     assert [row.sha256 == replaced.artifact("h02-fp32").sha256 for row in read_accuracy(replaced)] == [False]
 
 
-def test_folders_are_matched_to_class_names_whatever_their_order(tmp_path):
-    import msgspec
-
-    from hydradeploy.supernet.store import save
-
-    weights = load(write_supernet(tmp_path / "s", geometry(classes=3)))
-    named = msgspec.structs.replace(weights.spec, class_names=("zebra", "ant", "mole"))
-    save(tmp_path / "named", named, weights.tensors)
-    for name in named.class_names:
-        (tmp_path / "photos" / name).mkdir(parents=True)
+def photos(path: Path, *classes: str) -> Path:
+    """A folder of classes of one image each."""
+    for name in classes:
+        (path / name).mkdir(parents=True)
         pixels = np.random.default_rng(len(name)).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "photos" / name / "a.png")
-    labels = open_dataset(str(tmp_path / "photos"), "test").labels_for(named)
+        Image.fromarray(pixels).save(path / name / "a.png")
+    return path
+
+
+def test_a_data_set_has_its_own_name_wherever_this_is_run(bundle, tmp_path, monkeypatch, cli: Cli):
+    folder = photos(tmp_path / os.fsdecode(b"ph\xffotos"), *"abcdefghij")
+    (row,) = {(row.dataset, row.data_sha256) for row in evaluate(bundle, str(folder)).rows}
+    monkeypatch.chdir(folder)
+    for source in (".", "a/.."):
+        assert {(row.dataset, row.data_sha256) for row in evaluate(bundle, source).rows} == {row}
+    assert row[0] == "ph\ufffdotos"
+    assert {row.dataset for row in read_accuracy(open_bundle(bundle))} == {row[0]}
+
+
+def test_a_class_that_only_one_side_has_is_told_where_others_have_the_same_name(supernet_file, tmp_path):
+    weights = load(supernet_file)
+    names = ("\ufeffa", *"bcdefghij")
+    save(tmp_path / "s", msgspec.structs.replace(weights.spec, class_names=names), weights.tensors)
+    export(tmp_path / "s", tmp_path / "b", heads=(2,))
+    said: list[str] = []
+    evaluate(tmp_path / "b", str(photos(tmp_path / "photos", *"abcdefghij")), say=said.append)
+    assert said == ["labels of photos are taken by position: the supernet has no class called 'a'"]
+    evaluate(tmp_path / "b", str(photos(tmp_path / "others", *"klmnopqrst")), say=said.append)
+    assert len(said) == 1, "where no name is the same nobody meant them to be"
+
+
+def test_folders_are_matched_to_class_names_whatever_their_order(tmp_path):
+    named = msgspec.structs.replace(spec(geometry(classes=3)), class_names=("zebra", "ant", "mole"))
+    labels = open_dataset(str(photos(tmp_path / "photos", *named.class_names)), "test").labels_for(named)
     assert list(labels) == [1, 2, 0]
 
 

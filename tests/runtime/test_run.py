@@ -47,6 +47,15 @@ def test_run_prints_five_classes_per_image_and_names_the_artifact_it_chose(share
     assert "h06-fp32" in ran.err
 
 
+def test_of_artifacts_with_as_many_heads_the_widest_type_answers_however_large_its_files_are(
+    supernet_file, tmp_path, image
+):
+    bundle = export(supernet_file, tmp_path / "b", heads=(2,), precisions=("int8dyn", "fp32", "fp16"))
+    sizes = {artifact.name: artifact.size_bytes for artifact in bundle.manifest.artifacts}
+    assert sizes["h02-fp32"] < sizes["h02-int8dyn"]
+    assert run(tmp_path / "b", [image]).artifact.name == "h02-fp32"
+
+
 def test_run_shows_class_names_where_the_bundle_has_them(tmp_path, image, cli: Cli):
     weights = load(write_supernet(tmp_path / "s"))
     names = tuple(f"kind {letter}" for letter in "abcdefghij")

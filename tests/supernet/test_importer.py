@@ -205,6 +205,17 @@ def test_gray_images_are_assumed_normalised_around_a_half(tmp_path):
     assert (answer.spec.preprocessing.mean, answer.spec.preprocessing.std) == ((0.5,), (0.5,))
 
 
+@pytest.mark.parametrize("line", ["{}\n", "{}\r\n"])
+def test_class_names_are_the_lines_of_the_file_and_nothing_else(cli, tmp_path, line):
+    names = ["ant", "bee\u2028wasp", *(f"class {i}" for i in range(2, 10))]
+    text = "".join(map(line.format, [*names, "", ""]))
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    options = ("--head-dim", 8, "--trained-heads", "2-6", "--class-names", tmp_path / "names.txt")
+    ran = cli("import", write(tmp_path / "c.pth", state()), "--out", tmp_path / "out", *options)
+    assert ran.code == 0, ran.err
+    assert load(tmp_path / "out").spec.class_names == tuple(names)
+
+
 def test_what_is_given_ends_up_in_the_spec(cli, tmp_path):
     (tmp_path / "names.txt").write_text("\n".join(f"Klasse {i} é" for i in range(10)) + "\n", encoding="utf-8")
     given_options = {
