@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def import_checkpoint(
     except ValueError as error:  # what is not given fits
         raise _wrong_option(error) from error
     save(out, spec, tensors, source=checkpoint)
-    assumptions = []
+    assumptions = list(_damaged(checkpoint))
     if heads is None:
         assumptions.append(
             f"the checkpoint does not say which head counts were trained; assumed "
@@ -144,6 +144,23 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str, tuple[int, ...] | None]:
     return _state(path, content), "bare state dict", None
 
 
+def _damaged(path: Path) -> Iterator[str]:
+    """What torch loads without a word: bytes that are not those that were saved."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+    # Like torch's loader it raises whatever damaged bytes lead it to.
+    except Exception:
+        record = "its entries"
+    if record is not None:
+        yield (
+            f"the checksum of {record} in {path} does not agree: the file is damaged, unless it was saved without "
+            "checksums (torch.serialization.set_crc32_options); compare what evaluate says of it"
+        )
+
+
 def _is_safetensors(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(9)
@@ -179,6 +196,9 @@ def _load(path: Path, stand_ins: Mapping[str, Any]) -> Any:
 _UNKNOWN_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
 
 
+# What torch says of a pickle whose first value is not the number that its own begin with.
+_OTHER_PICKLE = "Invalid magic number"
+
 # With these words torch advises to run whatever is in the file, which is nothing to pass on.
 _ADVICE = "Weights only load failed"
 
@@ -196,8 +216,15 @@ def _refusal(path: Path, error: Exception) -> InputError | IntegrityError:
             f"{path}: not a torch checkpoint, or one with code in it, which is not run",
             hint="load it where you trust it and save the state dict as safetensors",
         )
+    if _OTHER_PICKLE in str(error):
+        return InputError(
+            f"{path}: not a torch checkpoint, but a pickle of something else",
+            hint="load it where you trust it and save the state dict as safetensors",
+        )
+    # Whatever the loader stumbles over as it reads bytes that are no pickle says nothing about the file.
+    reason = lines[0] if isinstance(error, RuntimeError) else "its bytes are no pickle, or only the beginning of one"
     return IntegrityError(
-        f"{path}: cannot be read ({lines[0]})", hint="the file may be truncated, or is not a torch checkpoint"
+        f"{path}: cannot be read ({reason})", hint="the file may be truncated, or is not a torch checkpoint"
     )
 
 

@@ -535,6 +535,36 @@ def test_a_zip_that_is_no_checkpoint_is_refused(cli, tmp_path):
     assert str(tmp_path / "c.pth") in ran.err
 
 
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4])
+def test_a_pickle_of_something_else_is_said_to_be_that(cli, tmp_path, protocol):
+    (tmp_path / "c.pth").write_bytes(pickle.dumps({"model": {"head.bias": [0.5]}}, protocol=protocol))
+    ran = cli("import", tmp_path / "c.pth", "--out", tmp_path / "out")
+    assert ran.code == 11
+    assert f"{tmp_path / 'c.pth'}: not a torch checkpoint, " in ran.err
+    assert "save the state dict as safetensors" in ran.err
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, this is text", b"\x80\x02}"])
+def test_what_is_no_pickle_is_said_to_be_that_and_not_what_the_loader_stumbled_over(cli, tmp_path, content):
+    (tmp_path / "c.pth").write_bytes(content)
+    ran = cli("import", tmp_path / "c.pth", "--out", tmp_path / "out")
+    assert ran.code == 10
+    assert "cannot be read (its bytes are no pickle, or only the beginning of one)" in ran.err
+
+
+def test_a_checkpoint_whose_checksums_do_not_agree_is_imported_with_a_warning(cli, tmp_path):
+    path = write(tmp_path / "c.pth", state())
+    data = bytearray(path.read_bytes())
+    at = data.find(state()["blocks.1.mlp.fc1.weight"].numpy().tobytes()) + 100
+    data[at] ^= 1
+    path.write_bytes(data)
+    options = ("--out", tmp_path / "out", "--head-dim", 8, "--trained-heads", "2-6")
+    ran = cli("import", path, *options)
+    assert ran.code == 0
+    assert "warning: the checksum of c/data/" in ran.err
+    assert f"in {path} does not agree" in ran.err
+
+
 @pytest.mark.parametrize("name", ["absent.pth", "."])
 def test_no_such_file_is_a_usage_error(cli, tmp_path, name):
     ran = cli("import", tmp_path / name, "--out", tmp_path / "out")
