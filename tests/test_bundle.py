@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hydradeploy import export
 from hydradeploy.bundle import GOLDEN, MANIFEST, STAMP, Manifest, form_of, open_bundle, read_manifest
 from hydradeploy.errors import IntegrityError, UsageError
-from hydradeploy.files import sha256_bytes
+from hydradeploy.files import sha256_bytes, sha256_file
 from hydradeploy.stored import ITEM_BYTES, layers, stored
-from tests.conftest import Cli, rot
+from tests.conftest import Cli, rot, write_supernet
 
 FILES = ("supernet-fp32.weights", "h03-fp32.onnx", "h03-fp32.trt.onnx", "golden.npz", MANIFEST)
 
@@ -222,6 +223,27 @@ def test_a_symbolic_link_out_of_the_bundle_is_refused(bundle, cli: Cli, name):
     ran = cli("verify", "--bundle", bundle)
     assert ran.code == 10
     assert f"{bundle / name}: a symbolic link leads out" in ran.err
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_bundle_that_is_replaced_while_it_is_opened_opens_as_the_new_one(bundle, tmp_path, monkeypatch, damaged):
+    newer = tmp_path / "newer"
+    export(write_supernet(tmp_path / "s", seed=1), newer, heads=(2, 3))
+    if damaged:
+        rot(newer / "h03-fp32.onnx", 100)
+
+    def replaced(path: Path) -> str:
+        if newer.exists():
+            shutil.rmtree(bundle)
+            newer.rename(bundle)
+        return sha256_file(path)
+
+    monkeypatch.setattr("hydradeploy.bundle.sha256_file", replaced)
+    if damaged:
+        with pytest.raises(IntegrityError, match=r"h03-fp32\.onnx: changed"):
+            open_bundle(bundle)
+    else:
+        assert len(open_bundle(bundle).manifest.artifacts) == 2
 
 
 def test_a_bundle_behind_a_symbolic_link_opens(bundle, tmp_path):

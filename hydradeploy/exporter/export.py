@@ -38,7 +38,7 @@ from hydradeploy.engines import cache as engines
 from hydradeploy.engines.building import build_missing
 from hydradeploy.engines.cache import ENGINES
 from hydradeploy.engines.plans import EngineOptions, check_can_build
-from hydradeploy.errors import IntegrityError, MissingError, UsageError
+from hydradeploy.errors import IntegrityError, MissingError, UsageError, environment
 from hydradeploy.exporter import graph as graphs
 from hydradeploy.exporter import lower, parity
 from hydradeploy.exporter.jobs import Job, job_of
@@ -97,14 +97,13 @@ def export(
     check_exchangeable(bundle)
     runner = backend("onnxruntime")
     report("reading the supernet", 0, 1)
-    weights = load(supernet)
+    weights, supernet_sha256 = _read(supernet)
     geometry = weights.spec.geometry
     chosen = geometry.trained_heads if heads is None else tuple(heads)
     jobs = [Job(geometry.subnet(k).heads, kind, batch, standalone, input) for kind in kinds for k in chosen]
     if not jobs:
         raise UsageError("nothing to export: no head count or no precision given")
     given = samples.read(data, weights.spec, SAMPLES) if data is not None else None
-    supernet_sha256 = sha256_file(supernet)
     with locked(bundle, lambda message: report(message, 0, 0)):
         there = _existing(bundle, supernet_sha256, force=force)
         jobs = quantised(weights, jobs, data, quantising or Quantising(), runner, report)
@@ -117,6 +116,26 @@ def export(
     if engine is not None:
         _build_engines(written, {job.name for job in jobs}, engine, EngineOptions(targets=tuple(targets)), report, say)
     return written
+
+
+def _read(supernet: Path) -> tuple[Weights, str]:
+    """The weights of a supernet file and its hash; read again where training has replaced it in between."""
+    while True:
+        before = _version(supernet)
+        weights = load(supernet)
+        with environment(f"reading {supernet}"):
+            digest = sha256_file(supernet)
+        if _version(supernet) == before:
+            return weights, digest
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """What differs where a file is another than it was; None for none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _build_engines(

@@ -24,6 +24,7 @@ from hydradeploy.bundle import (
     write_file,
 )
 from hydradeploy.errors import UsageError
+from hydradeploy.exporter import graph as graphs
 from hydradeploy.exporter import lower
 from hydradeploy.exporter.jobs import job_of
 from hydradeploy.exporter.weights import Array, layout, map_weights, write_weights
@@ -55,12 +56,14 @@ class _Plan:
 def pack(bundle: Path, artifact: str, out: Path, *, force: bool = False) -> Packed:
     """Write a bundle of one artifact into the directory `out`.
 
-    Raises UsageError for an unknown artifact and for an `out` in use (`force` replaces another bundle there),
-    IntegrityError for a damaged bundle, EnvironmentFailed when the disk fails.
+    Raises UsageError for an unknown artifact, one of another version with a graph that this one would not write, and
+    for an `out` in use (`force` replaces another bundle there), IntegrityError for a damaged bundle, EnvironmentFailed
+    when the disk fails.
     """
     # A stamp would let bytes through that rotted on the disk since, and what is packed gets hashes of its own.
     opened = open_bundle(bundle, "always")
     chosen = opened.artifact(artifact)
+    _check_same_graph(opened, chosen)
     check_replaceable(out, bundle, force=force)
     check_exchangeable(out)
     golden = opened.golden()
@@ -75,6 +78,17 @@ def pack(bundle: Path, artifact: str, out: Path, *, force: bool = False) -> Pack
             manifest = _manifest(opened.manifest, chosen, plan, record)
             write_file(stage / MANIFEST, manifest.encode())
     return Packed(out, manifest.artifacts[0], manifest)
+
+
+def _check_same_graph(bundle: Bundle, artifact: Artifact) -> None:
+    """A pack has the graph written anew, and it is to be the one that was measured."""
+    written = tuple(job_of(artifact).graphs(bundle.spec.geometry).values())
+    if graphs.digest(written) != artifact.graph_sha256:
+        version = bundle.manifest.tools.get("hydradeploy", "unknown")
+        raise UsageError(
+            f"{artifact.name} was written by another version of hydradeploy ({version}), with another graph",
+            hint="pack it with that version, or export it again and measure it again",
+        )
 
 
 def packed_bytes(manifest: Manifest, artifact: Artifact, golden: Golden) -> int:

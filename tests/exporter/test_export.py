@@ -27,7 +27,8 @@ from hydradeploy.bundle import GOLDEN, MANIFEST
 from hydradeploy.data.preprocess import normalise
 from hydradeploy.engines.cache import Cache, Key
 from hydradeploy.errors import EnvironmentFailed, IntegrityError, ParityError, UsageError
-from hydradeploy.supernet.store import load
+from hydradeploy.files import sha256_file
+from hydradeploy.supernet.store import Weights, load
 from tests.conftest import Cli, geometry, missing, rot, write_images, write_supernet
 
 
@@ -346,6 +347,22 @@ def test_a_damaged_bundle_is_refused_without_force_and_replaced_with_it(supernet
     export(supernet_file, bundle, heads=(3,), force=True)
     assert names(bundle) == ["h03-fp32"]
     assert not (bundle / "h02-fp32.onnx").exists()
+
+
+def test_a_supernet_that_training_replaces_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    path, newer = write_supernet(tmp_path / "s"), write_supernet(tmp_path / "newer", seed=1)
+    expected = export(newer, tmp_path / "expected", heads=(2,)).manifest
+
+    def replaced(file: Path) -> Weights:
+        weights = load(file)
+        if newer.exists():
+            os.replace(newer, file)
+        return weights
+
+    monkeypatch.setattr("hydradeploy.exporter.export.load", replaced)
+    found = export(path, tmp_path / "b", heads=(2,)).manifest
+    assert found.artifacts[0].sha256 == expected.artifacts[0].sha256
+    assert found.supernet_sha256 == expected.supernet_sha256 == sha256_file(path)
 
 
 def test_golden_samples_that_rotted_are_refused_and_replaced_with_force(supernet_file, tmp_path, cli: Cli):

@@ -174,6 +174,17 @@ def test_what_rotted_since_the_bundle_was_hashed_gets_no_hash_of_its_own(bundle,
     assert not (tmp_path / "device").exists()
 
 
+def test_an_artifact_whose_graph_this_version_would_write_otherwise_is_not_packed(bundle, tmp_path, cli: Cli):
+    manifest = open_bundle(bundle).manifest
+    older = tuple(msgspec.structs.replace(artifact, graph_sha256="0" * 64) for artifact in manifest.artifacts)
+    tools = manifest.tools | {"hydradeploy": "0.0.7"}
+    (bundle / MANIFEST).write_bytes(msgspec.structs.replace(manifest, artifacts=older, tools=tools).encode())
+    ran = cli("pack", "h03-fp32", "--bundle", bundle, "--out", tmp_path / "device")
+    assert ran.code == 2
+    assert "h03-fp32 was written by another version of hydradeploy (0.0.7), with another graph" in ran.err
+    assert not (tmp_path / "device").exists()
+
+
 def test_a_pack_can_be_packed_again(bundle, tmp_path):
     pack(bundle, "h03-fp16", tmp_path / "one")
     pack(tmp_path / "one", "h03-fp16", tmp_path / "two")
