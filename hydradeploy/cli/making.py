@@ -225,9 +225,10 @@ def export(
         str, typer.Option(metavar="float32|uint8", help="Normalised images (b, c, s, s), or pixels (b, s, s, c).")
     ] = "float32",
     calibration: Annotated[
-        str, typer.Option(help="How static int8 finds its ranges: minmax, percentile or entropy.")
-    ] = "minmax",
-    calibration_images: Annotated[int, typer.Option(help="To find them with.", min=1)] = 64,
+        str | None,
+        typer.Option(help="How static int8 finds its ranges: minmax, percentile or entropy. Default: minmax."),
+    ] = None,
+    calibration_images: Annotated[int | None, typer.Option(help="To find them with. Default: 64.", min=1)] = None,
     max_drop: Annotated[
         str | None,
         typer.Option(help="Top-1 that int8 may cost on --data, 0.5pp; layers that hurt are kept in float."),
@@ -260,17 +261,20 @@ def export(
         from hydradeploy.exporter.quantise import Quantising
     from hydradeploy.units import FRACTION, parse
 
+    precisions = [name.strip() for name in precision.split(",")]
     quantising = Quantising(
-        method=calibration,
-        images=calibration_images,
+        method=calibration or Quantising.method,
+        images=calibration_images or Quantising.images,
         max_drop=None if max_drop is None else parse(max_drop, FRACTION),
     )
+    if "int8" not in precisions and (calibration or calibration_images):
+        raise UsageError("there is nothing to calibrate but in static int8", hint="--precision int8")
     with progress() as report:
         written = call(
             supernet,
             bundle,
             heads=wanted,
-            precisions=[name.strip() for name in precision.split(",")],
+            precisions=precisions,
             batch=given.batch(batch),
             input=cast("Input", input),
             standalone=standalone,

@@ -85,5 +85,15 @@ def _check(name: str, found: Agreement, precision: Precision) -> None:
         f"{found.max_difference:.2e} of the largest |logit| ({precision.tolerance:g} allowed), smallest cosine "
         f"{found.cosine:.4f} ({LEAST_COSINE} asked), top-1 equal on {found.top1_agreement:.1%} of "
         f"{found.samples} samples",
-        hint="no bundle was written; where the weights overflow a narrow type, export them in fp32",
+        hint=f"nothing was written; {_advice(precision)}",
     )
+
+
+def _advice(precision: Precision) -> str:
+    if precision.int8 == "static":
+        return "try another --calibration, a smaller --max-drop, which keeps layers in float, or fp16"
+    if precision.int8 == "dynamic":
+        return "try a smaller --max-drop, which keeps layers in float, or fp16"
+    if precision.dtype == "float32":
+        return "look at onnxruntime on this machine"
+    return "where the weights overflow a narrow type, export them in fp32"

@@ -142,6 +142,9 @@ def test_a_limit_that_no_setting_meets_is_exit_5_and_names_the_best(tmp_path, cl
     )
     assert allowed == "3.34pp"  # of two in 60
     assert "no setting" not in again.err
+    # What is kept is enough for the labels, not for the gate.
+    assert again.code == 5
+    assert "hint: nothing was written; try a smaller --max-drop" in again.err
 
 
 @pytest.fixture
@@ -229,6 +232,8 @@ def test_ranges_at_run_time_need_no_data_and_record_no_calibration(supernet_file
             "no calibration method 'mean'",
             "minmax, percentile, entropy",
         ),
+        (("--precision", "int8dyn", "--calibration", "entropy"), "nothing to calibrate", "--precision int8"),
+        (("--precision", "fp32", "--calibration-images", "9"), "nothing to calibrate", "--precision int8"),
         (("--precision", "int8dyn", "--calibration-images", "0"), "0", ""),
         (("--precision", "int8dyn", "--max-drop", "1"), "1", "unit"),
         (("--precision", "int8dyn", "--max-drop", "a lot"), "a lot", ""),
