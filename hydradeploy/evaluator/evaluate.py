@@ -275,6 +275,8 @@ def _declared(bundle: Bundle, table: Path) -> Iterator[AccuracyRow]:
             )
         try:
             top1, n = float(row["top1"]), int(row["n"])
+            if not 0 <= top1 <= 1:
+                raise ValueError(top1)
             lower, upper = wilson(round(top1 * n), n)
         except (ValueError, OverflowError) as error:
             raise InputError(

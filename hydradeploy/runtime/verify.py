@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydradeploy.backends import model_of, prepared, run_all
 from hydradeploy.backends.ways import ALL, Way, Ways, named, ways
-from hydradeploy.bundle import MANIFEST, Bundle, Golden, open_bundle
+from hydradeploy.bundle import MANIFEST, Bundle, Golden, open_bundle, read_outcomes
 from hydradeploy.errors import IntegrityError, MissingError, ParityError
 from hydradeploy.spec import Record
 from hydradeploy.stats.logits import agreement
@@ -41,14 +41,15 @@ class Verified(Record, frozen=True, kw_only=True):
 def verify(bundle: Path, *, backends: Sequence[str] | None = None) -> Verified:
     """Hash every file, then run the golden samples through every artifact on the backends, where one is usable.
 
-    `backends` None is the first usable one, `all` among them every usable one. An artifact is to give the logits it
-    gave when it was exported, within the tolerance of its own precision and with its least cosine: integers round
-    otherwise on another processor.
+    Accuracy is read too, with what it was made from. `backends` None is the first usable one, `all` among them every
+    usable one. An artifact is to give the logits it gave when it was exported, within the tolerance of its precision
+    and with its least cosine: integers round otherwise on another processor.
 
-    Raises UsageError (no bundle), IntegrityError (a file missing or changed), ParityError (an artifact computes
-    something else here), MissingError (a backend asked for by name is not usable).
+    Raises UsageError (no bundle), IntegrityError (a file missing, changed or damaged), ParityError (an artifact
+    computes something else here), MissingError (a backend asked for by name is not usable).
     """
     opened = open_bundle(bundle, "always")
+    read_outcomes(opened)  # which no manifest has a hash of
     records = opened.manifest.files.values()
     try:
         found = ways(opened, opened.manifest.artifacts, named(backends))

@@ -22,7 +22,7 @@ from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import EnvironmentFailed, InputError, IntegrityError, MissingError
 from hydradeploy.stats.proportions import wilson
 from hydradeploy.supernet.store import load, save
-from tests.conftest import Cli, geometry, spec, write_supernet
+from tests.conftest import Cli, geometry, rot, spec, write_supernet
 from tests.fakes import Fake, install
 
 
@@ -257,6 +257,8 @@ def test_declared_accuracy_is_marked_so_and_stays_apart(bundle, labelled, tmp_pa
         ("artifact,dataset,top1,n\nh99-fp32,d,0.5,10\n", "line 2: no artifact 'h99-fp32'"),
         ("artifact,dataset,top1,n\nh02-fp32,d,70.5,10\n", "line 2: top1 must be"),
         ("artifact,dataset,top1,n\nh02-fp32,d,nan,10\n", "line 2: top1 must be"),
+        ("artifact,dataset,top1,n\nh02-fp32,d,1.001,10\n", "line 2: top1 must be"),
+        ("artifact,dataset,top1,n\nh02-fp32,d,-0.001,10\n", "line 2: top1 must be"),
         ("artifact,dataset,top1,n\nh02-fp32,d,0.5,0\n", "line 2: top1 must be"),
         ("artifact,dataset,top1,n\nh02-fp32,d,0.5,ten\n", "line 2: top1 must be"),
         ("artifact,dataset,top1,n\nh02-fp32,,0.5,10\n", "line 2: dataset is empty"),
@@ -347,6 +349,15 @@ def test_a_bundle_with_accuracy_still_verifies_and_packs(bundle, labelled, tmp_p
     evaluate(bundle, str(labelled), limit=5)
     assert cli("verify", "--bundle", bundle).code == 0
     assert cli("pack", "h02-fp32", "--out", tmp_path / "p", "--bundle", bundle).code == 0
+
+
+@pytest.mark.parametrize("name", [ACCURACY, EVALUATION])
+def test_verify_finds_damage_in_what_evaluate_wrote(bundle, labelled, cli: Cli, name):
+    evaluate(bundle, str(labelled), limit=5)
+    rot(bundle / name, 0)
+    ran = cli("verify", "--bundle", bundle)
+    assert ran.code == 10
+    assert str(bundle / name) in ran.err
 
 
 def test_a_table_as_spreadsheets_and_people_write_it_is_read(bundle, tmp_path):
