@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -201,6 +202,33 @@ def test_a_table_is_cut_at_no_width(monkeypatch, capsys, columns, terminal):
     out = capsys.readouterr().out
     assert "…" not in out
     assert all(part.strip() in out for row in rows for part in row)
+
+
+MARKED = "val[old]/:cat:[/b]"
+
+
+def test_a_name_that_looks_like_markup_is_shown_as_it_is(capsys):
+    from hydradeploy.cli.output import print_table
+
+    print_table(("artifact", "data"), [("h06-fp32", MARKED)])
+    assert MARKED in capsys.readouterr().out
+
+
+def test_a_bar_tells_a_name_that_looks_like_markup_as_it_is(monkeypatch):
+    from hydradeploy.cli.progress import progress
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name, value in {"COLUMNS": "200", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress() as report:
+        report(f"evaluating on {MARKED}", 1, 2)
+        report.say(f"left out: {MARKED}")
+    assert f"evaluating on {MARKED}" in sys.stderr.getvalue()
+    assert f"left out: {MARKED}" in sys.stderr.getvalue()
 
 
 def test_the_options_of_a_run_are_the_same_tables_in_json(cli: Cli):

@@ -42,7 +42,8 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
         table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    # Names of files and data sets may look like rich's markup or its emoji, [old] and :cat:.
+    console = Console(markup=False, emoji=False)
     # However narrow the terminal, no name and no figure is cut.
     unlimited = console.options.update(max_width=sys.maxsize)
     widest = max(console.width, console.measure(table, options=unlimited).maximum)

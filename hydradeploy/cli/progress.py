@@ -33,8 +33,9 @@ def progress() -> Iterator[Reporter]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    # What is told names files, which may look like rich's markup or its emoji, [old] and :cat:.
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True, markup=False, emoji=False), transient=True)
     try:
         yield _Bars(progress)
     finally:
@@ -53,7 +54,7 @@ class _Bars:
         self._progress.update(self._tasks[what], completed=done)
 
     def say(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._progress.console.print(text, highlight=False)
 
 
 class _Heartbeat:

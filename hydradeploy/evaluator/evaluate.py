@@ -113,10 +113,11 @@ def _by_position(dataset: Dataset, spec: Spec) -> Iterator[str]:
 def _to_be_replaced(bundle: Bundle, found: Sequence[Way], dataset: str, n: int) -> Iterator[str]:
     """A line where an evaluation on another number of images goes."""
     lost: dict[int, list[str]] = {}
+    here = instruction_set()
     rows = [row for row in read_accuracy(bundle) if row.dataset == dataset and row.n != n]
     for way, row in product(found, rows):
         way_of_row = (row.sha256, row.backend, row.compute_type, row.instruction_set)
-        if way_of_row == (way.artifact.sha256, way.runner.name, way.compute_type, instruction_set()):
+        if way_of_row == (way.artifact.sha256, way.runner.name, way.compute_type, here):
             lost.setdefault(row.n, []).append(way.artifact.name)
     for before, names in lost.items():
         yield f"{', '.join(names)}: {n} images of {dataset} are going to replace an evaluation on {before}"
