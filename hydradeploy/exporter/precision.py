@@ -19,7 +19,7 @@ class Precision:
 
     `weights` names the weights file, which precisions may share; `int8` is how the inputs of int8 products get their
     ranges, None where there are none. `tolerance` is a fraction of the largest |logit|. `exact_top1` asks for the same
-    top-1 on every sample; without it only on those whose margin the tolerance cannot overturn.
+    top-1 on every sample but ties; without it only on those whose margin the tolerance cannot overturn.
     """
 
     name: str

@@ -491,6 +491,9 @@ class _Off:
     def __exit__(self, *_):
         return None
 
+    def software(self):
+        return {}
+
     def run(self, images):
         logits = self.session.run(images)
         if self.on in self.model.graph.name:
@@ -512,6 +515,28 @@ def test_a_graph_that_computes_something_else_leaves_the_old_bundle(supernet_fil
         export(supernet_file, bundle, heads=(3, 4, 5))
     assert snapshot(bundle) == before
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(("margin", "passes"), [(0.0, True), (3e-5, False)])
+def test_a_graph_may_decide_a_tie_in_fp32_and_nothing_else(supernet_file, tmp_path, monkeypatch, margin, passes):
+    """Class 1 is ahead of class 0 by a margin of the largest |logit|, and the runtime adds twice that to class 0."""
+
+    def ahead(tensors):
+        tensors["head.weight"] *= 0
+        tensors["head.bias"] *= 0
+        tensors["head.bias"][:2] = torch.tensor([1 - margin, 1])
+
+    file = damaged_supernet(supernet_file, tmp_path / "s", ahead)
+    module = type(sys)("off")
+    module.BACKEND = _Off(2 * margin or -1e-6, "h04")
+    monkeypatch.setitem(sys.modules, "off", module)
+    monkeypatch.setitem(BACKEND_MODULES, "onnxruntime", "off")
+    if passes:
+        (artifact,) = export(file, tmp_path / "b", heads=(4,)).manifest.artifacts
+        assert artifact.parity.top1_agreement == 0
+    else:
+        with pytest.raises(ParityError, match=r"top-1 equal on 0\.0%"):
+            export(file, tmp_path / "b", heads=(4,))
 
 
 EXPORT = [sys.executable, "-m", "hydradeploy", "export"]
