@@ -112,13 +112,13 @@ def _by_position(dataset: Dataset, spec: Spec) -> Iterator[str]:
 
 def _to_be_replaced(bundle: Bundle, found: Sequence[Way], dataset: str, n: int) -> Iterator[str]:
     """A line where an evaluation on another number of images goes."""
-    lost: dict[int, list[str]] = {}
+    lost: dict[int, dict[str, None]] = {}
     here = instruction_set()
     rows = [row for row in read_accuracy(bundle) if row.dataset == dataset and row.n != n]
     for way, row in product(found, rows):
         way_of_row = (row.sha256, row.backend, row.compute_type, row.instruction_set)
         if way_of_row == (way.artifact.sha256, way.runner.name, way.compute_type, here):
-            lost.setdefault(row.n, []).append(way.artifact.name)
+            lost.setdefault(row.n, {})[way.artifact.name] = None
     for before, names in lost.items():
         yield f"{', '.join(names)}: {n} images of {dataset} are going to replace an evaluation on {before}"
 
@@ -211,8 +211,10 @@ class _Asked:
                 logits = run_all(self._session, self._model, images)
                 broken = ~np.isfinite(logits).all(1)
                 if broken.any():
-                    where = self._dataset.where(int(indices[broken.argmax()]))
-                    raise MissingError(f"NaN or infinite logits for {where}")
+                    where, way = self._dataset.where(int(indices[broken.argmax()])), self.way
+                    raise MissingError(
+                        f"{way.runner.name} gives NaN or infinite logits in {way.compute_type} for {where}"
+                    )
                 self.said.append(_judge(logits, labels))
 
     @contextmanager
