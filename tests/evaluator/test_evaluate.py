@@ -20,6 +20,7 @@ from hydradeploy.bundle import ACCURACY, EVALUATION, read_accuracy, read_outcome
 from hydradeploy.data.datasets import open_dataset
 from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import EnvironmentFailed, InputError, IntegrityError, MissingError
+from hydradeploy.files import inside
 from hydradeploy.stats.proportions import wilson
 from hydradeploy.supernet.store import load, save
 from tests.conftest import Cli, geometry, rot, spec, write_supernet
@@ -148,6 +149,23 @@ def test_a_disk_that_fills_up_while_accuracy_is_written_leaves_what_was_there(bu
     assert read_accuracy(open_bundle(bundle)) == before
     assert set(read_outcomes(open_bundle(bundle))) == {row.outcomes for row in before}
     assert not list(bundle.glob(".evaluation*"))
+
+
+def test_outcomes_that_are_replaced_while_they_are_read_are_the_new_ones(bundle, labelled, tmp_path, monkeypatch):
+    newer = Path(shutil.copytree(bundle, tmp_path / "newer"))
+    evaluate(bundle, str(labelled), limit=5)
+    evaluate(newer, str(labelled), limit=8)
+
+    def replaced(root: Path, name: str) -> Path:
+        if name == EVALUATION and newer.exists():
+            for file in (ACCURACY, EVALUATION):
+                os.replace(newer / file, bundle / file)
+            shutil.rmtree(newer)
+        return inside(root, name)
+
+    opened = open_bundle(bundle)
+    monkeypatch.setattr("hydradeploy.bundle.inside", replaced)
+    assert {len(found.right) for found in read_outcomes(opened).values()} == {8}
 
 
 def test_an_artifact_that_overflows_on_an_image_is_left_out_and_the_image_named(overflowing, tmp_path, cli: Cli):
