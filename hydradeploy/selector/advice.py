@@ -129,7 +129,7 @@ _LIMITS: tuple[tuple[str, Callable[[Candidate, float], float | None], Callable[[
     ("throughput_per_s", _rate, lambda need: f"--throughput {-need / _ROUNDING:.3g}/s"),
     (
         "min_top1",
-        lambda c, _: None if c.accuracy is None else -c.accuracy.lower,
+        lambda c, confidence: None if c.accuracy is None else -c.top1_at_least(confidence),
         lambda need: f"--min-top1 {show_percent(math.floor(-need * 10000) / 10000, 2)}",
     ),
 )

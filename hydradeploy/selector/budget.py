@@ -30,7 +30,8 @@ class LatencyLimit(Record, frozen=True, kw_only=True):
 class Budget(Record, frozen=True, kw_only=True):
     """Everything that must hold, each with `confidence` where chance is in it; None is no limit.
 
-    `throughput_per_s` is in images, `min_top1` a fraction that the lower end of the accuracy's interval must reach.
+    `throughput_per_s` is in images, `min_top1` a fraction that the lower end of the accuracy's Wilson interval
+    must reach.
     """
 
     latency: tuple[LatencyLimit, ...] = ()

@@ -205,7 +205,7 @@ def _excess(budget: Budget) -> Callable[[Candidate], float]:
         if budget.throughput_per_s is not None:
             yield budget.throughput_per_s * candidate.mean_s, candidate.in_flight
         if budget.min_top1 is not None:
-            yield 1 - (candidate.accuracy.lower if candidate.accuracy else 0.0), 1 - budget.min_top1
+            yield 1 - candidate.top1_at_least(budget.confidence), 1 - budget.min_top1
 
     others = msgspec.structs.replace(budget, latency=()) != Budget(confidence=budget.confidence)
 

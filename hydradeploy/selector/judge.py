@@ -15,6 +15,7 @@ from hydradeploy.selector.regime import callers
 from hydradeploy.stats.basics import normal_quantile
 from hydradeploy.stats.latency import Bounds, bounds, mean_bounds
 from hydradeploy.stats.order import allowed_misses, quantile, samples_needed
+from hydradeploy.stats.proportions import wilson
 from hydradeploy.units import show_bytes, show_percent, show_seconds
 
 Status = Literal["met", "missed", "open"]
@@ -72,6 +73,11 @@ class Candidate:
         """What the samples say of a percentile."""
         return bounds_of(self.cell, level, confidence)
 
+    def top1_at_least(self, confidence: float) -> float:
+        """The lower end of the interval for its top-1; 0 where nobody measured it."""
+        row = self.accuracy
+        return 0.0 if row is None else _interval(row.correct, row.n, confidence)[0]
+
     def refused(self, accept: tuple[str, ...], strict: bool, needs_accuracy: bool) -> str | None:
         """Why the cell cannot be picked whatever the budget, None where it can."""
         cell = self.cell
@@ -115,6 +121,10 @@ def _bounds(samples: tuple[float, ...], process: tuple[int, ...], level: float, 
     return replace(found, upper=None, assumes=None, why_not=why_not)
 
 
+# Many cells share one row.
+_interval = lru_cache(maxsize=1024)(wilson)
+
+
 def possible(candidate: Candidate, budget: Budget) -> bool:
     """Whether the cell might meet every limit: cheap, and never False for one that does."""
     cell = candidate.cell
@@ -124,7 +134,9 @@ def possible(candidate: Candidate, budget: Budget) -> bool:
         return False
     if budget.size_bytes is not None and candidate.artifact.size_bytes > budget.size_bytes:
         return False
-    if budget.min_top1 is not None and (candidate.accuracy is None or candidate.accuracy.lower < budget.min_top1):
+    if budget.min_top1 is not None and (
+        candidate.accuracy is None or candidate.top1_at_least(budget.confidence) < budget.min_top1
+    ):
         return False
     samples = cell.latency_s
     for limit in budget.latency:
@@ -169,7 +181,7 @@ def checks(candidate: Candidate, budget: Budget) -> Iterator[Check]:
     if budget.size_bytes is not None:
         yield _amount("size", artifact.size_bytes, budget.size_bytes, show_bytes)
     if budget.min_top1 is not None:
-        yield _floor(candidate.accuracy, budget.min_top1)
+        yield _floor(candidate.accuracy, budget.min_top1, budget.confidence)
 
 
 def combined(found: list[Check]) -> Status:
@@ -266,14 +278,15 @@ def _amount(name: str, value: float | None, limit: float, show: Callable[[float]
     return Check(name, status, f"{name} {show(value)}, {relation} {show(limit)}", excess)
 
 
-def _floor(accuracy: AccuracyRow | None, floor: float) -> Check:
+def _floor(accuracy: AccuracyRow | None, floor: float, confidence: float) -> Check:
     if accuracy is None:
         return Check("top-1", "missed", "no accuracy measured of these weights", math.inf)
-    interval = f"{show_percent(accuracy.lower)} .. {show_percent(accuracy.upper)}"
-    text, excess = f"top-1 {show_percent(accuracy.top1)} ({interval})", (1 - accuracy.lower) / max(1e-9, 1 - floor)
-    if accuracy.lower >= floor:
+    lower, upper = _interval(accuracy.correct, accuracy.n, confidence)
+    interval = f"{show_percent(lower)} .. {show_percent(upper)}"
+    text, excess = f"top-1 {show_percent(accuracy.top1)} ({interval})", (1 - lower) / max(1e-9, 1 - floor)
+    if lower >= floor:
         return Check("top-1", "met", text, excess)
-    if accuracy.upper < floor:
+    if upper < floor:
         return Check("top-1", "missed", f"{text}, below {show_percent(floor)}", excess)
     text += f", not surely {show_percent(floor)} on {accuracy.n} images"
     return Check("top-1", "open", text, excess)

@@ -85,6 +85,8 @@ def _check(request: Request) -> None:
         raise UsageError(f"cannot prefer {request.prefer!r}", hint=f"one of {', '.join(PREFERENCES)}")
     if request.budget == Budget(confidence=request.budget.confidence) and request.prefer is None:
         raise UsageError("no budget given", hint="for example hydradeploy pick --latency 20ms")
+    if request.budget.min_top1 is not None and request.budget.min_top1 > 1:
+        raise UsageError(f"a top-1 of {100 * request.budget.min_top1:g}% is out of reach", hint="at most 100%")
     unknown = [flag for flag in request.accept if flag not in FLAGS]
     if unknown:
         raise UsageError(f"no flag {unknown[0]!r} to accept", hint=f"one or more of {','.join(FLAGS)}")

@@ -19,6 +19,7 @@ from hydradeploy.selector.budget import PREFERENCES, Budget
 from hydradeploy.selector.choose import Rules, choose, dominated, judged, meets, significantly_less
 from hydradeploy.selector.judge import Candidate, checks, combined, hopeless, possible
 from hydradeploy.stats.latency import bounds
+from hydradeploy.stats.proportions import wilson
 from tests.selector.build import accuracy, artifact, candidate, declared, failed, latencies, limit, share
 
 MS = 1e-3
@@ -66,10 +67,12 @@ def statuses(one: Candidate, budget: Budget) -> list[str]:
         if most is not None:
             found.append("met" if amount is not None and amount <= most else "missed")
     if budget.min_top1 is not None:
-        if one.accuracy is None or one.accuracy.upper < budget.min_top1:
+        row = one.accuracy
+        low, high = (0.0, 0.0) if row is None else wilson(row.correct, row.n, budget.confidence)
+        if row is None or high < budget.min_top1:
             found.append("missed")
         else:
-            found.append("met" if one.accuracy.lower >= budget.min_top1 else "open")
+            found.append("met" if low >= budget.min_top1 else "open")
     return found
 
 
@@ -504,6 +507,15 @@ def test_an_accuracy_just_not_proven_is_open_and_a_low_one_missed():
     assert choose([one], Budget(min_top1=low + 1e-6)).verdict == "inconclusive"
     assert choose([one], Budget(min_top1=high)).verdict == "inconclusive"
     assert choose([one], Budget(min_top1=high + 1e-6)).verdict == "infeasible"
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.99, 0.999])
+def test_a_floor_of_accuracy_holds_with_the_confidence_asked_for(confidence):
+    one = candidate(2, right=share(160))
+    low, high = wilson(160, 200, confidence)
+    assert (low < one.accuracy.lower) == (confidence > 0.95)
+    for floor, verdict in ((low, "pass"), (low + 1e-6, "inconclusive"), (high, "inconclusive"), (0.999, "infeasible")):
+        assert choose([one], Budget(min_top1=floor, confidence=confidence)).verdict == verdict
 
 
 @pytest.mark.parametrize(
