@@ -72,17 +72,29 @@ def candidates(
 def rows_of(rows: Sequence[AccuracyRow], artifacts: Sequence[Artifact], dataset: str | None) -> list[AccuracyRow]:
     """The rows of one data set: the named one, else the one evaluated last. Accuracies of two are not comparable.
 
-    Raises UsageError where no row of these artifacts is of the named one.
+    Nor are those on other images of one: where it was evaluated on several, the measured rows are those on the images
+    of most artifacts, of equally many the last. Raises UsageError where no row of these artifacts is of the named one.
     """
     content = {artifact.sha256 for artifact in artifacts}
     own = [row for row in rows if row.sha256 in content]
     if dataset is None:
-        return [row for row in own if row.dataset == own[-1].dataset]
+        return _on_the_same_images([row for row in own if row.dataset == own[-1].dataset])
     chosen = [row for row in own if row.dataset == dataset]
     if not chosen:
         names = ", ".join(dict.fromkeys(row.dataset for row in own)) or "no data set"
         raise UsageError(f"no accuracy on {dataset!r}", hint=f"evaluated on {names}")
-    return chosen
+    return _on_the_same_images(chosen)
+
+
+def _on_the_same_images(rows: Sequence[AccuracyRow]) -> list[AccuracyRow]:
+    """Rows of one data set, of the measured ones those on the same images."""
+    shown: dict[str | None, set[str]] = {}
+    for row in reversed(rows):
+        if row.source == "measured":
+            shown.setdefault(row.data_sha256, set()).add(row.sha256)
+    # Of equals the first, which is the last that was evaluated.
+    images = max(shown, key=lambda data: len(shown[data]), default=None)
+    return [row for row in rows if row.source == "declared" or row.data_sha256 == images]
 
 
 def profile_of(profiles: Path, here: Here) -> tuple[Stored, tuple[Stored, ...]]:

@@ -711,6 +711,23 @@ def test_of_rows_measured_otherwise_the_last_counts(bare: World):
     assert bare.json("--latency", "3.5ms")["pick"]["accuracy"]["top1"] == 102 / 200
 
 
+def test_accuracy_on_other_images_of_a_data_set_is_not_compared(bare: World):
+    """Ten images, all right, are no better than 180 of 200."""
+    ways = [bare.cell(heads, backend=backend) for heads in (2, 5) for backend in ("onnxruntime", "abacus")]
+    bare.measured(*ways)
+    bare.evaluated({2: 100, 5: 180})
+    ten = {"backend": "abacus", "data_sha256": "a" * 64, "instruction_set": bare.here.instruction_set}
+    bare.rows(accuracy(bare.named(2), [True] * 10, **ten))
+    found = bare.json("--latency", "9ms")
+    assert (found["pick"]["artifact"], found["pick"]["accuracy"]["n"]) == ("h05-fp32", 200)
+    # Once all have seen the ten, all are compared on them.
+    bare.rows(accuracy(bare.named(5), [True] * 9 + [False], **ten))
+    found = bare.json("--latency", "9ms")
+    assert (found["pick"]["artifact"], found["pick"]["accuracy"]["n"]) == ("h02-fp32", 10)
+    bare.evaluated({2: 100, 5: 180})
+    assert bare.json("--latency", "9ms")["pick"]["artifact"] == "h05-fp32"
+
+
 def test_accuracy_measured_elsewhere_is_noted_with_both_places(bare: World):
     bare.evaluated(instruction_set="z80")
     bare.ladder()
