@@ -97,14 +97,23 @@ def _on_the_same_images(rows: Sequence[AccuracyRow]) -> list[AccuracyRow]:
     return [row for row in rows if row.source == "declared" or row.data_sha256 == images]
 
 
-def profile_of(profiles: Path, here: Here) -> tuple[Stored, tuple[Stored, ...]]:
-    """The newest profile of this device, and its others; raises ForeignError that names what was found instead."""
+def profile_of(
+    profiles: Path, here: Here, artifacts: Sequence[Artifact], regime: str
+) -> tuple[Stored, tuple[Stored, ...]]:
+    """The newest profile of this device that measured graphs of these artifacts in that regime, and its others; where
+    none did the newest that measured them otherwise, else the newest.
+
+    Raises ForeignError that names what was found instead of this device.
+    """
     found = read_profiles(profiles)
     if not found:
         raise ForeignError(f"{profiles}: no profile here", hint="measure this device: hydradeploy profile")
     own = [stored for stored in found if not here.differences(stored.profile.device)]
     if own:
-        return own[0], tuple(own[1:])
+        regimes = [regimes_of(stored.profile, artifacts) for stored in own]
+        # Of equals the first, which is the newest.
+        place = max(range(len(own)), key=lambda i: (regime in regimes[i], bool(regimes[i])))
+        return own[place], (*own[:place], *own[place + 1 :])
     others = "; ".join(f"{s.path.name} ({', '.join(here.differences(s.profile.device))})" for s in found[:5])
     raise ForeignError(
         f"{profiles}: no profile of this device; found, with what differs (there, here): {others}",

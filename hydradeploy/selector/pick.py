@@ -38,7 +38,8 @@ class Request:
 
 
 def pick(bundle: Path, profiles: Path, request: Request, *, profile: Path | None = None) -> Answer:
-    """The best measured cell of a bundle that meets the budget, from the newest profile of this device.
+    """The best measured cell of a bundle that meets the budget, from the newest profile of this device that measured
+    its graphs in the regime.
 
     `profile` names one, which may be of another device: that is planning. Raises UsageError (no bundle, no budget, no
     such profile), ForeignError (no profile of this device or of these graphs), IntegrityError (a damaged file).
@@ -49,7 +50,7 @@ def pick(bundle: Path, profiles: Path, request: Request, *, profile: Path | None
     here = Here()
     if profile is not None:
         return _answer(opened, rows, read_profile(profile), request, here, ())
-    stored, others = profile_of(profiles, here)
+    stored, others = profile_of(profiles, here, opened.manifest.artifacts, request.regime)
     return _answer(opened, rows, stored, request, here, others)
 
 

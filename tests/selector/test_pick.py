@@ -505,6 +505,25 @@ def test_the_newest_profile_of_this_device_is_taken(world: World):
     assert found["notes"] == []
 
 
+def test_a_newer_profile_of_other_graphs_or_in_another_regime_hides_no_older_one(world: World):
+    (path,) = world.profiles.glob("*.json")
+    other, later = world.cell(5, MS, graph_sha256="f" * 64), "2026-03-01T00:00:00Z"
+    world.measured(
+        msgspec.structs.replace(other, measured_at=later), under=msgspec.structs.replace(world.now, os="Plan 9")
+    )
+    paced = world.measured(
+        world.cell(6, MS, regime="paced-30hz", measured_at="2026-02-01T00:00:00Z"),
+        under=msgspec.structs.replace(world.now, affinity="0-99"),
+    )
+    found = world.json("--latency", "4.5ms")
+    assert (found["profile"], found["pick"]["artifact"]) == (str(path), "h04-fp32")
+    found = world.json("--latency", "4.5ms", "--regime", "paced-30hz")
+    assert (found["profile"], found["pick"]["artifact"]) == (str(paced), "h06-fp32")
+    # What none has is told of the newest with these graphs, not of the newest of all.
+    said = world.refused("--latency", "4.5ms", "--regime", "burst", code=7)
+    assert f"{paced}: these graphs were not measured burst, only paced-30hz" in said
+
+
 def test_measuring_again_replaces_a_cell(world: World):
     world.measured(world.cell(5, MS))
     assert world.json("--latency", "2.5ms")["pick"]["artifact"] == "h05-fp32"
