@@ -24,6 +24,9 @@ Verdict = Literal["pass", "infeasible", "inconclusive"]
 
 SIGNIFICANT = 0.05
 
+# What slows down each single call; beside other programs the fastest ones are as fast as ever.
+_SLOWS_ALL = frozenset({"throttled", "graph-failed"})
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -91,8 +94,8 @@ def _disturbed(candidate: Candidate, rules: Rules, needs_accuracy: bool) -> bool
 
 def _undecided(candidate: Candidate, budget: Budget) -> bool:
     """Whether a cell that was measured disturbed may meet the budget: what it takes of time and energy undisturbed is
-    not known, unless each single call was over the limit."""
-    if hopeless(candidate, budget):
+    not known, unless each single call was over the limit and nothing slowed down all of them."""
+    if hopeless(candidate, budget) and not _SLOWS_ALL.intersection(candidate.cell.flags):
         return False
     unmoved = ["memory", "size", "top-1"]
     if candidate.cell.energy_j is None:
@@ -111,7 +114,9 @@ def judged(candidate: Candidate, budget: Budget, rules: Rules) -> list[Check]:
     refusal = candidate.refused(rules.accept, rules.strict, needs_accuracy)
     if refusal is None:
         return list(checks(candidate, budget))
-    if _disturbed(candidate, rules, needs_accuracy) and not _undecided(candidate, budget):
+    if _disturbed(candidate, rules, needs_accuracy) and (
+        hopeless(candidate, budget) or not _undecided(candidate, budget)
+    ):
         # Accepting its flags would not help.
         refusal = candidate.said_of_flags(rules.accept, rules.strict)
         missed = [check for check in checks(candidate, budget) if check.status == "missed"]

@@ -91,11 +91,13 @@ def unflagged(one: Candidate) -> Candidate:
 
 
 def only_disturbed(one: Candidate, budget: Budget, rules: Rules) -> bool:
-    """Refused by its flags alone, and no call, memory, size or accuracy says that it would miss undisturbed too."""
+    """Refused by its flags alone, and no call that could be as fast as ever, no memory, size or accuracy says that it
+    would miss undisturbed too."""
     if usable(one, budget, rules) or not usable(unflagged(one), budget, rules):
         return False
     for wanted in budget.latency:
-        if wanted.percentile >= budget.confidence and min(one.cell.latency_s) > wanted.limit_s:
+        slowed = {"throttled", "graph-failed"} & set(one.cell.flags)
+        if wanted.percentile >= budget.confidence and min(one.cell.latency_s) > wanted.limit_s and not slowed:
             return False
     unmoved = Budget(
         memory_bytes=budget.memory_bytes,

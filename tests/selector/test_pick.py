@@ -328,6 +328,20 @@ def test_what_was_measured_disturbed_decides_nothing(bare: World):
     assert (slow["verdict"], slow["nearest"]["artifact"]) == ("infeasible", "h03-fp32")
 
 
+@pytest.mark.parametrize("flag", ["throttled", "graph-failed"])
+def test_calls_that_were_all_slowed_down_are_no_proof_that_nothing_meets_the_budget(bare: World, flag: str):
+    """At half of its clock no call is within the limit; at the whole of it all may be."""
+    bare.evaluated()
+    bare.measured(bare.cell(2, 8 * MS, flags=(flag,)), bare.cell(3, 9 * MS))
+    found = bare.json("--latency", "5ms", code=4)
+    assert (found["verdict"], found["nearest"]["artifact"]) == ("inconclusive", "h02-fp32")
+    said = bare.run("--latency", "5ms").out
+    assert f"nearest: h02-fp32: measured while {flag}; p95 over 5.00 ms" in said
+    assert "--accept" not in said
+    # Its memory is no other undisturbed.
+    assert bare.json("--latency", "5ms", "--memory", "1B", code=3)["verdict"] == "infeasible"
+
+
 def test_where_all_was_measured_disturbed_the_nearest_is_named_without_advice_that_is_of_no_use(bare: World):
     bare.evaluated()
     bare.measured(bare.cell(2, flags=("contended",)), bare.cell(3, flags=("contended",)))
