@@ -93,7 +93,8 @@ def ways(
         if reason is None:
             run.add(artifact.precision)
             types = runner.compute_types(artifact.precision)
-            chosen = types[:1] if compute_types is None else [name for name in compute_types if name in types]
+            asked_for = types[:1] if compute_types is None else dict.fromkeys(compute_types)
+            chosen = [name for name in asked_for if name in types]
             found += [Way(artifact, runner, name, each) for name, each in product(chosen, asked[runner.name])]
             reason = None if chosen else _not_in(runner, artifact, compute_types or ())
         if reason is not None:

@@ -60,6 +60,9 @@ def pick(
         dataset=dataset,
         regime=regime,
     )
+    if everywhere and (explain or profile is not None):
+        other = "--explain" if explain else "--profile"
+        raise UsageError(f"--all and {other} exclude each other", hint="--all has a row per profile")
     if everywhere:
         answers = pick_all(bundle, profiles, request)
         if as_json:

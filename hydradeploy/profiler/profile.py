@@ -16,7 +16,7 @@ from hydradeploy.bundle import Artifact, Bundle, open_bundle
 from hydradeploy.devices import Machine, machine
 from hydradeploy.engines.building import build_missing, label
 from hydradeploy.engines.plans import KINDS, EngineOptions
-from hydradeploy.errors import InvalidError, MissingError, environment
+from hydradeploy.errors import InvalidError, MissingError, UsageError, environment
 from hydradeploy.files import try_writing
 from hydradeploy.measurements import Cell, Device, Profile, Stored, add_profile, place_of, read_profiles
 from hydradeploy.processes import check_threads
@@ -118,11 +118,13 @@ def profile(
     meanwhile. Engines that are missing are built first, unless not `build`.
 
     Raises UsageError (no bundle, nothing chosen, no such setting, a run that was cut short and neither `resume` nor
-    `force`), ForeignError (device or conditions have changed, only engines of another GPU
+    `force`, or both), ForeignError (device or conditions have changed, only engines of another GPU
     or version), IntegrityError (damaged bundle, profile or journal),
     MissingError (no backend, none that runs what was asked for, no such device, clocks that cannot be pinned, every
     cell failed), EnvironmentFailed (disk).
     """
+    if resume and force:
+        raise UsageError("--resume goes on and --force begins anew", hint="choose one")
     setting = _setting(bundle, order, here)
     with environment(f"writing into {profiles}"):
         profiles.mkdir(parents=True, exist_ok=True)

@@ -260,6 +260,9 @@ def test_a_run_cut_short_is_not_begun_anew_unless_that_is_asked_for(shared_bundl
     assert refused.value.hint == "go on with --resume, or begin anew with --force"
     assert children.asked == []
     assert kept(cut) == 7
+    with pytest.raises(UsageError, match="--resume goes on and --force begins anew"):
+        run(shared_bundle, cut, children, force=True, resume=True)
+    assert kept(cut) == 7
     run(shared_bundle, cut, children, force=True)
     assert len(children.asked) == 15
     assert journals(cut) == []

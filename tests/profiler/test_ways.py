@@ -81,7 +81,7 @@ def test_on_a_gpu_there_is_one_cell_whatever_the_threads(shared_bundle, tmp_path
 
 def test_every_compute_type_asked_for_is_a_cell_and_what_the_child_is_asked_for(shared_bundle, tmp_path, abacus):
     launch = Launch()
-    options = {"backends": ("abacus",), "compute_types": ("bf16", "fp32"), "precisions": ("fp32",)}
+    options = {"backends": ("abacus",), "compute_types": ("bf16", "fp32", "bf16"), "precisions": ("fp32",)}
     found = cells(shared_bundle, tmp_path, launch, **options)
     assert found == [f"h{heads:02d}-fp32 abacus {kind}" for heads in (2, 4) for kind in ("bf16", "fp32")]
     assert {r.options.compute_type for r in launch.requests} == {"bf16", "fp32"}
