@@ -10,13 +10,11 @@ from hydradeploy.devices import Machine
 from hydradeploy.measurements import Cell, Conditions, Device
 from hydradeploy.profiler.flags import Flag, judge
 from hydradeploy.profiler.journal import Entry
+from hydradeploy.profiler.parts import part_of
 from hydradeploy.profiler.plan import Job, batch_of
 from hydradeploy.profiler.presets import regimes
 from hydradeploy.profiler.sampling import Measured
 from hydradeploy.stats.latency import by_process, n_effective, spread_of
-
-# A device's fans, governor and heat sink have hardly answered yet.
-BURST_S = 10.0
 
 
 def cells_of(job: Job, entries: Sequence[Entry], here: Machine, device: Device, began: Conditions) -> tuple[Cell, ...]:
@@ -27,7 +25,7 @@ def cells_of(job: Job, entries: Sequence[Entry], here: Machine, device: Device, 
 def _cell(job: Job, entries: Sequence[Entry], regime: str, here: Machine, device: Device, began: Conditions) -> Cell:
     good = [entry for entry in entries if entry.measured is not None]
     measured = [entry.measured for entry in good if entry.measured is not None]
-    samples = [(value, number) for number, found in enumerate(measured) for value in _samples(found, regime)]
+    samples = [(value, number) for number, found in enumerate(measured) for value in _own(found, regime)]
     latency_s, process = tuple(value for value, _ in samples), tuple(number for _, number in samples)
     memory = [found.memory_bytes for found in measured if found.memory_bytes is not None]
     flags = _flags(measured, good, latency_s, process, regime, device, began) if samples else ()
@@ -55,28 +53,14 @@ def _cell(job: Job, entries: Sequence[Entry], regime: str, here: Machine, device
         meter=here.meter() if energy_j is not None else None,
         flags=tuple(dict.fromkeys(flag.name for flag in flags)),
         remarks=tuple(flag.remark for flag in flags),
-        evidence=_evidence(good, measured),
+        evidence=_evidence(good, measured, regime),
         missing=_missing(good, here, memory_known=bool(memory), energy_known=energy_j is not None),
         error=next((entry.error for entry in entries if entry.error is not None), None),
     )
 
 
-def _samples(found: Measured, regime: str) -> Sequence[float]:
-    """Those of a process that belong to a regime: of a sustained run the first seconds, or what was settled.
-
-    What was never settled is at least half of it warm.
-    """
-    samples = found.latency_s
-    if regime == "burst":
-        total = 0.0
-        for count, value in enumerate(samples):
-            total += value
-            if total > BURST_S and count:
-                return samples[:count]
-        return samples
-    if regime == "sustained":
-        return samples[len(samples) // 2 if found.settled_from is None else found.settled_from :]
-    return samples
+def _own(found: Measured, regime: str) -> Sequence[float]:
+    return found.latency_s[part_of(found, regime)]
 
 
 def _flags(
@@ -94,7 +78,7 @@ def _flags(
     # A burst is measured before anything is steady, on purpose; what queues up never is, for a reason of its own.
     steady = [found.settled_from is not None if regime == "sustained" else found.steady for found in measured]
     flags = judge(
-        [entry.evidence for entry in good],
+        [entry.evidence.get(regime, {}) for entry in good],
         cores=_host_cores(device),
         clocks=began.clocks,
         spread=spread,
@@ -119,7 +103,7 @@ def _mean_energy(energies: Sequence[tuple[float | None, int]]) -> float | None:
     return sum(value * count for value, count in told) / calls if told else None
 
 
-def _evidence(good: Sequence[Entry], measured: Sequence[Measured]) -> dict[str, tuple[float, ...]]:
+def _evidence(good: Sequence[Entry], measured: Sequence[Measured], regime: str) -> dict[str, tuple[float, ...]]:
     """The numbers by name, in the order of the processes; one that could not tell a number has no place in it."""
     found: dict[str, list[float]] = {
         "warmup": [float(m.warmup) for m in measured],
@@ -138,7 +122,7 @@ def _evidence(good: Sequence[Entry], measured: Sequence[Measured]) -> dict[str, 
     if energies:
         found["energy_j"] = energies
     for entry in good:
-        for name, value in entry.evidence.items():
+        for name, value in entry.evidence.get(regime, {}).items():
             found.setdefault(name, []).append(value)
     return {name: tuple(values) for name, values in found.items()}
 

@@ -25,7 +25,7 @@ from hydradeploy.profiler.presets import Preset, Target
 from hydradeploy.profiler.sampling import Measured
 from hydradeploy.spec import Record, decode
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 class Header(Record, frozen=True, kw_only=True):
@@ -63,8 +63,8 @@ class Header(Record, frozen=True, kw_only=True):
 class Entry(Record, frozen=True, kw_only=True):
     """One finished round of one cell: what its process measured, or why it failed.
 
-    `wall_s` is what it took from start to end, `evidence` the numbers of its conditions, `energy_j` joules per image,
-    `unmetered` why there are none, `unwatched` why there is no evidence.
+    `wall_s` is what it took from start to end, `evidence` the numbers of its conditions by regime, `energy_j` joules
+    per image, `unmetered` why there are none, `unwatched` why there is no evidence.
     """
 
     round: int
@@ -72,7 +72,7 @@ class Entry(Record, frozen=True, kw_only=True):
     wall_s: float
     measured: Measured | None = None
     error: str | None = None
-    evidence: dict[str, float] = msgspec.field(default_factory=dict)
+    evidence: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
     energy_j: float | None = None
     unmetered: str | None = None
     unwatched: str | None = None

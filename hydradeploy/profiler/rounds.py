@@ -22,8 +22,9 @@ from hydradeploy.profiler.child import Request
 from hydradeploy.profiler.energy import Metered, energy_j, idle_power_w
 from hydradeploy.profiler.flags import evidence
 from hydradeploy.profiler.journal import Entry, Journal
+from hydradeploy.profiler.parts import window_of
 from hydradeploy.profiler.plan import Job, batch_of
-from hydradeploy.profiler.presets import Pilot, Preset, Target, samples_after, with_samples
+from hydradeploy.profiler.presets import Pilot, Preset, Target, regimes, samples_after, with_samples
 from hydradeploy.profiler.sampling import Measured
 from hydradeploy.profiler.thermal import Settling
 from hydradeploy.units import show_duration
@@ -144,13 +145,15 @@ class Rounds:
         metered = idle
         if idle.value is not None:
             metered = energy_j(readings, measured.started_s, measured.called_until_s, idle.value, images)
-        found = evidence(readings, measured.started_s, measured.ended_s)
+        seen = {} if load is None else {"load_average": load}
         return Entry(
             round=number,
             cell=cell,
             wall_s=wall_s,
             measured=measured,
-            evidence=found if load is None else {"load_average": load} | found,
+            evidence={
+                regime: seen | evidence(readings, *window_of(measured, regime)) for regime in regimes(request.sampling)
+            },
             energy_j=metered.value if idle.value is not None else None,
             unmetered=metered.why_not,
             unwatched=self.watch.why_not,

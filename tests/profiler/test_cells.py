@@ -18,10 +18,10 @@ from hydradeploy.devices.reading import Reading
 from hydradeploy.errors import InvalidError, MissingError
 from hydradeploy.measurements import Cell, read_profile
 from hydradeploy.profiler import rounds
-from hydradeploy.profiler.cells import BURST_S
 from hydradeploy.profiler.child import Request
 from hydradeploy.profiler.monitor import Watch as Monitor
 from hydradeploy.profiler.monitor import watching
+from hydradeploy.profiler.parts import BURST_S
 from hydradeploy.profiler.presets import PRESETS
 from hydradeploy.profiler.profile import check_clean
 from hydradeploy.profiler.sampling import Measured
@@ -571,6 +571,29 @@ def test_a_sustained_run_is_two_cells_of_the_same_processes(shared_bundle, tmp_p
         assert sum(cell.latency_s) / 3 >= BURST_S
     assert burst.key != sustained.key
     assert read_profile(done.stored.path).profile.cells == done.cells
+
+
+@pytest.mark.parametrize(
+    ("busy", "flags"),
+    [
+        (lambda s: min(s, 5.0), [("contended",), ()]),
+        (lambda s: max(0.0, s - 60.0), [(), ("contended",)]),
+        (lambda s: min(max(0.0, s - 15.0), 5.0), [(), ()]),
+    ],
+    ids=["at first", "in the end", "on the way"],
+)
+def test_what_disturbs_a_part_of_a_sustained_run_flags_the_cell_of_that_part(shared_bundle, tmp_path, busy, flags):
+    def look(number: int, started_s: float, ended_s: float) -> Sequence[Reading]:
+        return around(started_s, ended_s, busy_s=lambda t: busy(t - started_s), ours_s=0.0, cgroup_throttled=0.0)
+
+    options = {"launch": slowing(30.0), "here": Here(), "watch": lambda: Watching(look), **ONE}
+    cells = profile(shared_bundle, tmp_path, preset="sustained", **options).cells
+    assert [cell.flags for cell in cells] == flags
+    assert [len(cell.evidence["watched_s"]) for cell in cells] == [3, 3]
+    for seconds in cells[0].evidence["watched_s"]:
+        assert BURST_S <= seconds <= BURST_S + 1
+    longest = max(cells[1].evidence["watched_s"])
+    assert sum(cells[1].latency_s) / 3 <= longest <= sum(cells[1].latency_s) / 3 + 1
 
 
 def test_what_never_settles_is_the_later_half_and_noisy(shared_bundle, tmp_path):

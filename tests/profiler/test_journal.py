@@ -82,7 +82,11 @@ places = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), unique=True, 
 
 @st.composite
 def entry_lists(draw: st.DrawFn) -> list[Entry]:
-    shared = {"wall_s": seconds, "evidence": numbers, "unwatched": st.none() | texts}
+    shared = {
+        "wall_s": seconds,
+        "evidence": st.dictionaries(texts, numbers, max_size=2),
+        "unwatched": st.none() | texts,
+    }
     good = st.fixed_dictionaries(
         shared | {"measured": answers, "energy_j": st.none() | seconds, "unmetered": st.none() | texts}
     )
@@ -196,7 +200,7 @@ def test_garbage_in_the_first_line_is_refused_with_file_and_line(path, garbage):
 
 def test_a_journal_of_another_version_is_refused_with_both(path):
     written(path, [], msgspec.structs.replace(HEADER, schema=9))
-    with pytest.raises(IntegrityError, match="schema 9, this version reads 3"):
+    with pytest.raises(IntegrityError, match="schema 9, this version reads 4"):
         resumed(path)
 
 
