@@ -15,7 +15,7 @@ from hydradeploy.selector.budget import PREFERENCES, Budget, Preference
 from hydradeploy.selector.choose import Rules, choose, judged
 from hydradeploy.selector.join import Here, candidates, check_measured, profile_of, regimes_of, rows_of
 from hydradeploy.selector.judge import FLAGS, Candidate
-from hydradeploy.selector.regime import SATURATED, pace_hz
+from hydradeploy.selector.regime import SATURATED, is_regime, pace_hz
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,10 @@ def _check(request: Request) -> None:
     unknown = [flag for flag in request.accept if flag not in FLAGS]
     if unknown:
         raise UsageError(f"no flag {unknown[0]!r} to accept", hint=f"one or more of {','.join(FLAGS)}")
+    if not is_regime(request.regime):
+        raise UsageError(
+            f"no regime {request.regime!r}", hint="saturated, burst, sustained, or such as paced-30hz and concurrent-4"
+        )
     if request.budget.throughput_per_s is not None and pace_hz(request.regime) is not None:
         raise UsageError(
             f"the throughput of {request.regime} is its schedule's", hint="--regime saturated or concurrent-4"

@@ -6,12 +6,18 @@ import math
 import re
 
 SATURATED = "saturated"
+_NAMED = (SATURATED, "burst", "sustained")
 
 
 def callers(regime: str) -> int:
     """From how many callers at once: 4 for `concurrent-4`, else 1."""
     match = re.fullmatch(r"concurrent-([1-9][0-9]*)", regime)
     return 1 if match is None else int(match[1])
+
+
+def is_regime(text: str) -> bool:
+    """Whether calls can be measured to arrive so."""
+    return text in _NAMED or callers(text) > 1 or pace_hz(text) is not None
 
 
 def how_to_measure(regime: str) -> str:

@@ -845,6 +845,8 @@ def test_cells_without_accuracy_are_left_out_only_where_it_counts(bare: World):
         (["--size", "-3MiB"], "not a size"),
         (["--min-top1", "100.1%"], "a top-1 of 100.1% is out of reach"),
         (["--min-top1", "1e300%"], "a top-1 of 1e+300% is out of reach"),
+        (["--latency", "20ms", "--regime", "paced-30"], "no regime 'paced-30'"),
+        (["--latency", "20ms", "--regime", ""], "no regime ''"),
         (["--latency", "20ms", "--all", "--profile", "some.json"], "--all and --profile exclude each other"),
         (["--latency", "20ms", "--all", "--explain"], "--all and --explain exclude each other"),
         (["--latency", "20ms", "--prefer", "beauty"], "cannot prefer 'beauty'"),

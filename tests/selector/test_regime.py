@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hydradeploy.selector.regime import callers, how_to_measure, pace_hz
+from hydradeploy.selector.regime import callers, how_to_measure, is_regime, pace_hz
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,4 @@ from hydradeploy.selector.regime import callers, how_to_measure, pace_hz
 def test_a_regime_tells_its_callers_its_pace_and_how_it_is_measured(regime, count, pace, option):
     assert (callers(regime), pace_hz(regime)) == (count, pace)
     assert how_to_measure(regime) == f"measure it: hydradeploy profile{option}"
+    assert is_regime(regime) == bool(option or regime == "saturated")
