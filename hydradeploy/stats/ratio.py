@@ -13,12 +13,15 @@ into blocks as long as the shortest of both sides, and a process's figure is the
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hydradeploy.stats.basics import mean, student_quantile, variance
 
 Chains = Sequence[Sequence[float]]
+
+_LARGEST = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,11 @@ def ratio(before: Chains, after: Chains, figure: Callable[[Sequence[float]], flo
     if (total := sum(errors)) > 0:
         spent = sum((e / total) ** 2 / (len(logs) - 1) for e, logs in zip(errors, (one, other), strict=True))
         half = student_quantile((1 + confidence) / 2, max(1.0, 1 / spent)) * math.sqrt(total)
-    return Ratio(math.exp(mean(one)), math.exp(mean(other)), math.exp(difference - half), math.exp(difference + half))
+    return Ratio(math.exp(mean(one)), math.exp(mean(other)), _exp(difference - half), _exp(difference + half))
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < _LARGEST else math.inf
 
 
 def _log_figure(chain: Sequence[float], size: int, figure: Callable[[Sequence[float]], float]) -> float:

@@ -90,6 +90,12 @@ def test_processes_that_never_differ_have_an_interval_of_no_width():
     assert (found.lower, found.upper) == pytest.approx((1.5, 1.5))
 
 
+def test_processes_of_which_nothing_can_be_said_have_an_interval_without_end():
+    """A damaged profile can hold any positive number."""
+    found = ratio([[1e-300], [1.0], [1e300]], [[1.0], [1.0], [1.0]], median)
+    assert (found.lower, found.ratio, found.upper) == (0.0, pytest.approx(1.0), math.inf)
+
+
 @pytest.mark.parametrize("before", [[], [[1.0]], [[1.0], []]])
 def test_fewer_than_two_processes_of_samples_are_refused(before):
     for sides in ((before, [[1.0], [1.0]]), ([[1.0], [1.0]], before)):
