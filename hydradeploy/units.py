@@ -47,7 +47,8 @@ def parse(text: str, quantity: Quantity) -> float:
 
     Raises UsageError for a bare number, an unknown unit, a negative or an infinite value.
     """
-    match = _NUMBER.fullmatch(text)
+    # Two letters look like that sign: the Greek one is what keyboards have.
+    match = _NUMBER.fullmatch(text.replace("\N{GREEK SMALL LETTER MU}", "\N{MICRO SIGN}"))
     known = ", ".join(quantity.units)
     if match is None:
         raise UsageError(f"{text!r} is not {quantity.name}", hint=f"write for example {quantity.example}")

@@ -79,7 +79,11 @@ def test_any_number_with_any_unit_is_that_number_times_the_unit(case, number, sp
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("20_000us", 0.02), (".5ms", 0.0005), ("1e3us", 1e-3), ("2.5E-1 s", 0.25), ("0ms", 0.0)]
+    ("text", "value"),
+    [
+        *[("20_000us", 0.02), (".5ms", 0.0005), ("1e3us", 1e-3), ("2.5E-1 s", 0.25), ("0ms", 0.0)],
+        *[("5\N{MICRO SIGN}s", 5e-6), ("5\N{GREEK SMALL LETTER MU}s", 5e-6)],
+    ],
 )
 def test_ways_to_write_a_number(text, value):
     assert parse(text, DURATION) == pytest.approx(value, rel=1e-15)
