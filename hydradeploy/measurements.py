@@ -199,16 +199,19 @@ def read_profiles(directory: Path) -> tuple[Stored, ...]:
 def place_of(directory: Path, device: Device, conditions: Conditions) -> Path:
     """The file for profiles of that device under those conditions.
 
-    Where a file of that name holds others, the next free name is taken. Raises IntegrityError for a damaged file.
+    Where files of that name hold others, the first free number is added to it. Raises IntegrityError for a damaged
+    file.
     """
-    for number in count(1):
-        path = directory / (_file_name(device, conditions) + ("" if number == 1 else f"-{number}") + ".json")
-        if not path.exists():
-            return path
+    name = _file_name(device, conditions)
+    numbered = re.compile(re.escape(name) + r"(?:-([0-9]+))?\.json")
+    found = {int(match[1] or 1): path for path in directory.glob("*.json") if (match := numbered.fullmatch(path.name))}
+    # Beyond a number that is free too: somebody may have removed the file that had it.
+    for _, path in sorted(found.items()):
         before = read_profile(path).profile
         if not before.device.differences(device) and not before.conditions.differences(conditions):
             return path
-    raise AssertionError  # count has no end
+    free = next(number for number in count(1) if number not in found)
+    return directory / (name + ("" if free == 1 else f"-{free}") + ".json")
 
 
 def add_profile(directory: Path, fresh: Profile) -> Stored:

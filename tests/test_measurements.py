@@ -233,6 +233,8 @@ def test_profiles_of_the_same_name_under_other_conditions_are_numbered_and_found
     assert [add_profile(tmp_path, one).path for one in reversed(made)] == paths[::-1]
     assert [path.read_bytes() for path in paths] == before
     paths[1].unlink()
+    # What is beyond the gap is still found.
+    assert add_profile(tmp_path, made[2]).path == paths[2]
     assert add_profile(tmp_path, made[1]).path == paths[1]
 
 
