@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from hydradeploy.devices import Machine
 from hydradeploy.measurements import Cell, Conditions, Device
 from hydradeploy.profiler.flags import Flag, judge
-from hydradeploy.profiler.journal import Entry
+from hydradeploy.profiler.journal import Entry, Seen
 from hydradeploy.profiler.parts import part_of
 from hydradeploy.profiler.plan import Job, batch_of
 from hydradeploy.profiler.presets import regimes
@@ -25,12 +25,13 @@ def cells_of(job: Job, entries: Sequence[Entry], here: Machine, device: Device, 
 def _cell(job: Job, entries: Sequence[Entry], regime: str, here: Machine, device: Device, began: Conditions) -> Cell:
     good = [entry for entry in entries if entry.measured is not None]
     measured = [entry.measured for entry in good if entry.measured is not None]
-    samples = [(value, number) for number, found in enumerate(measured) for value in _own(found, regime)]
+    parts = [part_of(found, regime) for found in measured]
+    seen = [entry.seen.get(regime, Seen()) for entry in good]
+    samples = [(value, number) for number, part in enumerate(parts) for value in part.samples]
     latency_s, process = tuple(value for value, _ in samples), tuple(number for _, number in samples)
     memory = [found.memory_bytes for found in measured if found.memory_bytes is not None]
-    flags = _flags(measured, good, latency_s, process, regime, device, began) if samples else ()
-    energies = [(entry.energy_j, found.calls) for entry, found in zip(good, measured, strict=True)]
-    energy_j = _mean_energy(energies)
+    flags = _flags(measured, seen, latency_s, process, regime, device, began) if samples else ()
+    energy_j = _mean_energy([(one.energy_j, part.calls) for one, part in zip(seen, parts, strict=True)])
     return Cell(
         artifact=job.artifact.name,
         graph_sha256=job.artifact.graph_sha256,
@@ -53,19 +54,15 @@ def _cell(job: Job, entries: Sequence[Entry], regime: str, here: Machine, device
         meter=here.meter() if energy_j is not None else None,
         flags=tuple(dict.fromkeys(flag.name for flag in flags)),
         remarks=tuple(flag.remark for flag in flags),
-        evidence=_evidence(good, measured, regime),
-        missing=_missing(good, here, memory_known=bool(memory), energy_known=energy_j is not None),
+        evidence=_evidence(seen, measured),
+        missing=_missing(good, seen, here, memory_known=bool(memory), energy_known=energy_j is not None),
         error=next((entry.error for entry in entries if entry.error is not None), None),
     )
 
 
-def _own(found: Measured, regime: str) -> Sequence[float]:
-    return found.latency_s[part_of(found, regime)]
-
-
 def _flags(
     measured: Sequence[Measured],
-    good: Sequence[Entry],
+    seen: Sequence[Seen],
     latency_s: Sequence[float],
     process: Sequence[int],
     regime: str,
@@ -78,7 +75,7 @@ def _flags(
     # A burst is measured before anything is steady, on purpose; what queues up never is, for a reason of its own.
     steady = [found.settled_from is not None if regime == "sustained" else found.steady for found in measured]
     flags = judge(
-        [entry.evidence.get(regime, {}) for entry in good],
+        [one.evidence for one in seen],
         cores=_host_cores(device),
         clocks=began.clocks,
         spread=spread,
@@ -103,7 +100,7 @@ def _mean_energy(energies: Sequence[tuple[float | None, int]]) -> float | None:
     return sum(value * count for value, count in told) / calls if told else None
 
 
-def _evidence(good: Sequence[Entry], measured: Sequence[Measured], regime: str) -> dict[str, tuple[float, ...]]:
+def _evidence(seen: Sequence[Seen], measured: Sequence[Measured]) -> dict[str, tuple[float, ...]]:
     """The numbers by name, in the order of the processes; one that could not tell a number has no place in it."""
     found: dict[str, list[float]] = {
         "warmup": [float(m.warmup) for m in measured],
@@ -118,23 +115,25 @@ def _evidence(good: Sequence[Entry], measured: Sequence[Measured], regime: str) 
     on_device = [float(m.facts["device_s"]) for m in measured if "device_s" in m.facts]
     if on_device:
         found["device_s"] = on_device
-    energies = [entry.energy_j for entry in good if entry.energy_j is not None]
+    energies = [one.energy_j for one in seen if one.energy_j is not None]
     if energies:
         found["energy_j"] = energies
-    for entry in good:
-        for name, value in entry.evidence.get(regime, {}).items():
+    for one in seen:
+        for name, value in one.evidence.items():
             found.setdefault(name, []).append(value)
     return {name: tuple(values) for name, values in found.items()}
 
 
-def _missing(good: Sequence[Entry], here: Machine, *, memory_known: bool, energy_known: bool) -> dict[str, str]:
+def _missing(
+    good: Sequence[Entry], seen: Sequence[Seen], here: Machine, *, memory_known: bool, energy_known: bool
+) -> dict[str, str]:
     found = dict(here.missing())
     if not memory_known:
         found.setdefault("memory", "it could not be read, or others gave back more than was taken")
     elif here.occupied_bytes() is None:  # else it says which figure stands in for the process's own
         found.pop("memory", None)
     if not energy_known:
-        told = [entry.unmetered for entry in good if entry.unmetered is not None]
+        told = [one.unmetered for one in seen if one.unmetered is not None]
         found["energy"] = told[0] if told else found.get("energy", "not measured")
     if told := [entry.unwatched for entry in good if entry.unwatched is not None]:
         found["conditions"] = told[0]

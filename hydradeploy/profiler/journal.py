@@ -60,11 +60,24 @@ class Header(Record, frozen=True, kw_only=True):
             )
 
 
+class Seen(Record, frozen=True, kw_only=True):
+    """What was seen while the samples of a regime were taken: `evidence` has the numbers of the conditions, `energy_j`
+    joules per image, `unmetered` why there are none."""
+
+    evidence: dict[str, float] = msgspec.field(default_factory=dict)
+    energy_j: float | None = None
+    unmetered: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= (self.energy_j or 0.0) < math.inf:
+            raise ValueError("energy_j must be finite and not negative")
+
+
 class Entry(Record, frozen=True, kw_only=True):
     """One finished round of one cell: what its process measured, or why it failed.
 
-    `wall_s` is what it took from start to end, `evidence` the numbers of its conditions by regime, `energy_j` joules
-    per image, `unmetered` why there are none, `unwatched` why there is no evidence.
+    `wall_s` is what it took from start to end, `seen` what was seen of it by regime, `unwatched` why there is no
+    evidence.
     """
 
     round: int
@@ -72,9 +85,7 @@ class Entry(Record, frozen=True, kw_only=True):
     wall_s: float
     measured: Measured | None = None
     error: str | None = None
-    evidence: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
-    energy_j: float | None = None
-    unmetered: str | None = None
+    seen: dict[str, Seen] = msgspec.field(default_factory=dict)
     unwatched: str | None = None
 
     def __post_init__(self) -> None:
@@ -84,10 +95,8 @@ class Entry(Record, frozen=True, kw_only=True):
         times = (
             (found.load_s, found.first_s, found.prepare_s, found.unkept_s, *found.switch_s) if found is not None else ()
         )
-        if not all(0 <= value < math.inf for value in (*times, self.wall_s, self.energy_j or 0.0)):
-            raise ValueError(
-                "load_s, first_s, prepare_s, unkept_s, switch_s, wall_s and energy_j must be finite and not negative"
-            )
+        if not all(0 <= value < math.inf for value in (*times, self.wall_s)):
+            raise ValueError("load_s, first_s, prepare_s, unkept_s, switch_s and wall_s must be finite, not negative")
         if found is not None:
             _check_samples(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from hydradeploy.profiler.sampling import Measured
 
@@ -10,31 +11,43 @@ from hydradeploy.profiler.sampling import Measured
 BURST_S = 10.0
 
 
-def part_of(found: Measured, regime: str) -> slice:
-    """The samples that belong to a regime; what was never settled is at least half of it warm."""
+@dataclass(frozen=True)
+class Part:
+    """Samples of a process, and when they were taken on the monotonic clock.
+
+    `calls` are those that a meter counts, the last of which was done at `called_until_s`.
+    """
+
+    samples: tuple[float, ...]
+    started_s: float
+    ended_s: float
+    calls: int
+    called_until_s: float
+
+
+def part_of(found: Measured, regime: str) -> Part:
+    """What belongs to a regime; of what was never settled that is the latter half, as at least half of it is warm."""
     samples = found.latency_s
     if regime == "burst":
-        return slice(0, _burst(found))
+        return _between(found, 0, _burst(samples))
     if regime == "sustained":
-        return slice(len(samples) // 2 if found.settled_from is None else found.settled_from, len(samples))
-    return slice(0, len(samples))
+        return _between(found, len(samples) // 2 if found.settled_from is None else found.settled_from, len(samples))
+    return Part(samples, found.started_s, found.ended_s, found.calls, found.called_until_s)
 
 
-def window_of(found: Measured, regime: str) -> tuple[float, float]:
-    """When those were taken, on the monotonic clock."""
-    if regime not in ("burst", "sustained"):
-        return found.started_s, found.ended_s
-    samples, part = found.latency_s, part_of(found, regime)
+def _between(found: Measured, first: int, last: int) -> Part:
+    samples = found.latency_s
     # Such calls are back to back: what is between them is the same after each.
     pace = (found.ended_s - found.started_s) / math.fsum(samples)
-    started_s, ended_s = (found.started_s + pace * math.fsum(samples[:place]) for place in (part.start, part.stop))
-    return started_s, ended_s
+    started_s, ended_s = (found.started_s + pace * math.fsum(samples[:place]) for place in (first, last))
+    return Part(samples[first:last], started_s, ended_s, last - first, ended_s)
 
 
-def _burst(found: Measured) -> int:
+def _burst(samples: tuple[float, ...]) -> int:
+    """How many of the first samples it is."""
     total = 0.0
-    for count, value in enumerate(found.latency_s):
+    for count, value in enumerate(samples):
         total += value
         if total > BURST_S and count:
             return count
-    return len(found.latency_s)
+    return len(samples)

@@ -21,8 +21,8 @@ from hydradeploy.measurements import Conditions
 from hydradeploy.profiler.child import Request
 from hydradeploy.profiler.energy import Metered, energy_j, idle_power_w
 from hydradeploy.profiler.flags import evidence
-from hydradeploy.profiler.journal import Entry, Journal
-from hydradeploy.profiler.parts import window_of
+from hydradeploy.profiler.journal import Entry, Journal, Seen
+from hydradeploy.profiler.parts import Part, part_of
 from hydradeploy.profiler.plan import Job, batch_of
 from hydradeploy.profiler.presets import Pilot, Preset, Target, regimes, samples_after, with_samples
 from hydradeploy.profiler.sampling import Measured
@@ -141,21 +141,15 @@ class Rounds:
             return Entry(round=number, cell=cell, wall_s=self.clock() - began, error=error.message)
         wall_s = self.clock() - began
         readings = self.watch.between(measured.started_s, measured.called_until_s)
-        images = measured.calls * batch_of(self.jobs[cell].artifact)
-        metered = idle
-        if idle.value is not None:
-            metered = energy_j(readings, measured.started_s, measured.called_until_s, idle.value, images)
-        seen = {} if load is None else {"load_average": load}
+        before = {} if load is None else {"load_average": load}
+        parts = {regime: part_of(measured, regime) for regime in regimes(request.sampling)}
+        batch = batch_of(self.jobs[cell].artifact)
         return Entry(
             round=number,
             cell=cell,
             wall_s=wall_s,
             measured=measured,
-            evidence={
-                regime: seen | evidence(readings, *window_of(measured, regime)) for regime in regimes(request.sampling)
-            },
-            energy_j=metered.value if idle.value is not None else None,
-            unmetered=metered.why_not,
+            seen={regime: _seen(part, readings, before, idle, batch) for regime, part in parts.items()},
             unwatched=self.watch.why_not,
         )
 
@@ -196,3 +190,14 @@ class Rounds:
                 f"conditions changed while measuring (before, now): {'; '.join(changed)}",
                 hint="put them back and go on with --resume, or begin anew with --force",
             )
+
+
+def _seen(part: Part, readings: Sequence[Reading], before: Mapping[str, float], idle: Metered, batch: int) -> Seen:
+    metered = idle
+    if idle.value is not None:
+        metered = energy_j(readings, part.started_s, part.called_until_s, idle.value, part.calls * batch)
+    return Seen(
+        evidence={**before, **evidence(readings, part.started_s, part.ended_s)},
+        energy_j=metered.value if idle.value is not None else None,
+        unmetered=metered.why_not,
+    )

@@ -596,6 +596,20 @@ def test_what_disturbs_a_part_of_a_sustained_run_flags_the_cell_of_that_part(sha
     assert sum(cells[1].latency_s) / 3 <= longest <= sum(cells[1].latency_s) / 3 + 1
 
 
+def test_burst_and_sustained_have_energies_of_their_own(shared_bundle, tmp_path, idling):
+    """16 W beyond idling for the first ten seconds, and 8 W from then on."""
+
+    def look(number: int, started_s: float, ended_s: float) -> Sequence[Reading]:
+        if number == 0:
+            return around(started_s, ended_s, power_w=5.0)
+        return around(started_s, ended_s, energy_j=lambda t: 13.0 * t + 8.0 * min(t - started_s, BURST_S))
+
+    options = {"launch": slowing(30.0), "here": Metered(), "watch": lambda: Watching(look), "clock": idling, **ONE}
+    burst, sustained = profile(shared_bundle, tmp_path, preset="sustained", **options).cells
+    assert (burst.energy_j, sustained.energy_j) == (pytest.approx(16 / 64, rel=1e-3), pytest.approx(8 / 32, rel=1e-3))
+    assert len(burst.evidence["energy_j"]) == len(sustained.evidence["energy_j"]) == 3
+
+
 def test_what_never_settles_is_the_later_half_and_noisy(shared_bundle, tmp_path):
     """Calls become slower as long as anybody looks."""
     launch = Launch(lambda _: (1 / 64 + i / 2**17 for i in count()))

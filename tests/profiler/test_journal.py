@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydradeploy.errors import EnvironmentFailed, ForeignError, HydraError, IntegrityError, UsageError
-from hydradeploy.profiler.journal import Entry, Header, journal_of, opened, read
+from hydradeploy.profiler.journal import Entry, Header, Seen, journal_of, opened, read
 from hydradeploy.profiler.presets import PRESETS, Target
 from hydradeploy.profiler.sampling import Measured
 from tests.conftest import missing
@@ -82,14 +82,9 @@ places = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), unique=True, 
 
 @st.composite
 def entry_lists(draw: st.DrawFn) -> list[Entry]:
-    shared = {
-        "wall_s": seconds,
-        "evidence": st.dictionaries(texts, numbers, max_size=2),
-        "unwatched": st.none() | texts,
-    }
-    good = st.fixed_dictionaries(
-        shared | {"measured": answers, "energy_j": st.none() | seconds, "unmetered": st.none() | texts}
-    )
+    shared = {"wall_s": seconds, "unwatched": st.none() | texts}
+    seen = st.builds(Seen, evidence=numbers, energy_j=st.none() | seconds, unmetered=st.none() | texts)
+    good = st.fixed_dictionaries(shared | {"measured": answers, "seen": st.dictionaries(texts, seen, max_size=2)})
     bad = st.fixed_dictionaries(shared | {"error": texts})
     return [Entry(round=number, cell=cell, **draw(good | bad)) for number, cell in draw(places)]
 
@@ -243,6 +238,14 @@ def test_a_measurement_that_no_profile_could_hold_is_refused(path, changes):
     found["measured"] |= changes
     path.write_bytes(lines[0] + msgspec.json.encode(found) + b"\n" + lines[2])
     with pytest.raises(IntegrityError, match="line 2: "):
+        resumed(path)
+
+
+def test_an_energy_that_no_profile_could_hold_is_refused(path):
+    lines = written(path, [entry(0, 0), entry(0, 1)]).splitlines(keepends=True)
+    found = msgspec.json.decode(lines[1]) | {"seen": {"saturated": {"energy_j": -1.0}}}
+    path.write_bytes(lines[0] + msgspec.json.encode(found) + b"\n" + lines[2])
+    with pytest.raises(IntegrityError, match=r"line 2: energy_j must be .* `\$.seen\[...\]`"):
         resumed(path)
 
 
