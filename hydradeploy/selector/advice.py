@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from hydradeploy.measurements import Conditions, Stored
-from hydradeploy.selector.budget import Budget
+from hydradeploy.selector.budget import Budget, percentile_name
 from hydradeploy.selector.choose import Choice, Rules, choose, meets
 from hydradeploy.selector.judge import INVALID_FLAGS, Candidate, said_of
 from hydradeploy.stats.latency import mean_bounds
@@ -55,7 +55,6 @@ def notes(
     now: Conditions | None,
     budget: Budget,
     rules: Rules,
-    level: float,
 ) -> Iterator[str]:
     """One sentence per reservation. `now` are this device's present conditions, None where it is not here."""
     needs_accuracy = rules.needs_accuracy(budget)
@@ -69,9 +68,16 @@ def notes(
     chosen = choice.pick
     if chosen is None:
         return
-    assumed = chosen.bounds(level, budget.confidence).assumes
-    if assumed is not None:
-        yield f"too few samples for a bound without assumptions: {assumed} (--preset standard takes more)"
+    amounts = {"energy": chosen.cell.energy_j, "memory": chosen.cell.memory_bytes}
+    if rules.prefer in amounts and amounts[rules.prefer] is None:
+        why = chosen.cell.missing.get(rules.prefer)
+        decided = "the number of heads" if rules.larger_is_better else "accuracy"
+        yield f"{rules.prefer} was not measured, so that {decided} decided" + ("" if why is None else f": {why}")
+    for level in dict.fromkeys(limit.percentile for limit in budget.latency) or (budget.level,):
+        assumed = chosen.bounds(level, budget.confidence).assumes
+        if assumed is not None:
+            name = percentile_name(level)
+            yield f"too few samples for a bound of {name} without assumptions: {assumed} (--preset standard takes more)"
     row = chosen.accuracy
     if row is not None and row.source == "declared":
         yield f"the accuracy on {row.dataset} was declared, not measured"

@@ -145,7 +145,7 @@ def _answer(
         prefer=rules.prefer,
         more_samples=more if choice.verdict == "inconclusive" else None,
         knobs=() if choice.pick is not None else tuple(knobs(found, budget, rules, elsewhere)),
-        notes=tuple(notes(found, choice, stored, now, budget, rules, level)),
+        notes=tuple(notes(found, choice, stored, now, budget, rules)),
         rejected=tuple(r for candidate, checks in judgements if (r := rejected(candidate, checks)) is not None),
         **shown,
     )

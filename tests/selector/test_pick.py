@@ -405,8 +405,11 @@ def test_a_bound_that_assumes_log_normal_latencies_says_so(bare: World):
     latency = found["pick"]["latency_s"]
     assert latency["assumes"] == "log-normal latencies"
     assert max(max(chain) for chain in thrice) <= latency["upper"] <= 2.5 * MS
-    note = "too few samples for a bound without assumptions: log-normal latencies (--preset standard takes more)"
-    assert note in found["notes"]
+    note = "too few samples for a bound of p95 without assumptions: log-normal latencies (--preset standard takes more)"
+    assert found["notes"] == [note]
+    # Of whichever limit it is.
+    again = bare.json("--latency", "p50<=2.5ms", "--latency", "p95<=2.5ms")
+    assert (again["pick"]["latency_s"]["assumes"], again["notes"]) == (None, [note])
     first, *others = bare.run("--latency", "2.5ms").out.splitlines()
     assert f"(assuming log-normal latencies, 150 samples worth {latency['n_effective']:.0f})" in first
     assert f"note: {note}" in others
@@ -813,6 +816,22 @@ def test_the_nearest_of_several_ways_is_refused_for_its_own_reason(bare: World):
     bare.evaluated({4: 150})
     bare.measured(bare.cell(4, 9 * MS), bare.cell(4, 5 * MS, settings={"arena": "off"}))
     assert "nearest: h04-fp32: p95 over 2.50 ms: 5." in bare.run("--latency", "2.5ms").out
+
+
+@pytest.mark.parametrize("what", ["energy", "memory"])
+def test_a_preference_that_nothing_was_measured_of_is_told(bare: World, what: str):
+    """Else the most accurate one seems to be the one that takes least."""
+    bare.evaluated()
+    none = {"energy_j": None, "memory_bytes": None, "missing": {what: "no meter"}}
+    bare.measured(bare.cell(2, **none), bare.cell(3, **none))
+    found = bare.json("--latency", "9ms", "--prefer", what)
+    assert found["pick"]["artifact"] == "h03-fp32"
+    assert found["notes"] == [f"{what} was not measured, so that accuracy decided: no meter"]
+    (note,) = bare.json("--latency", "9ms", "--prefer", what, "--assume-larger-is-better")["notes"][1:]
+    assert note == f"{what} was not measured, so that the number of heads decided: no meter"
+    bare.measured(bare.cell(2, energy_j=0.1))
+    found = bare.json("--latency", "9ms", "--prefer", what)
+    assert (found["pick"]["artifact"], found["notes"]) == ("h02-fp32", [])
 
 
 def test_cells_without_accuracy_are_left_out_only_where_it_counts(bare: World):
