@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydradeploy.bundle import AccuracyRow, Bundle, open_bundle, read_accuracy
-from hydradeploy.errors import ExitCode, ForeignError, InvalidError, UsageError
+from hydradeploy.errors import ExitCode, ForeignError, HydraError, InvalidError, UsageError
 from hydradeploy.measurements import Stored, read_profile, read_profiles
 from hydradeploy.selector.advice import knobs, notes
 from hydradeploy.selector.answer import Answer, Picked, picked, rejected
@@ -46,18 +46,21 @@ def pick(bundle: Path, profiles: Path, request: Request, *, profile: Path | None
     """
     _check(request)
     opened = open_bundle(bundle, "manifest")
-    rows = rows_of(read_accuracy(opened), opened.manifest.artifacts, request.dataset)
-    here = Here()
-    if profile is not None:
-        return _answer(opened, rows, read_profile(profile), request, here, ())
-    stored, others = profile_of(profiles, here, opened.manifest.artifacts, request.regime)
-    return _answer(opened, rows, stored, request, here, others)
+    here, artifacts = Here(), opened.manifest.artifacts
+    rows = rows_of(read_accuracy(opened), artifacts, request.dataset)
+    named = None if profile is None else (read_profile(profile), ())
+    stored, others = named or profile_of(profiles, here, artifacts, request.regime)
+    found = _found(opened, rows, stored, request)
+    if (refusal := _refusal(opened, stored, found, request)) is not None:
+        raise refusal
+    return _answer(opened, rows, stored, found, request, here, others)
 
 
 def pick_all(bundle: Path, profiles: Path, request: Request) -> tuple[Answer, ...]:
     """One answer per profile that measured graphs of the bundle in the regime, newest first.
 
-    Raises what `pick` raises, and ForeignError where no profile did.
+    A profile without a cell that could be picked has no pick. Raises what `pick` raises where that is so of all of
+    them, and ForeignError where no profile measured any.
     """
     _check(request)
     opened = open_bundle(bundle, "manifest")
@@ -70,7 +73,11 @@ def pick_all(bundle: Path, profiles: Path, request: Request) -> tuple[Answer, ..
         )
     asked = [stored for stored in measured if request.regime in regimes_of(stored.profile, artifacts)]
     # Where none has that regime the newest says which ones there are.
-    return tuple(_answer(opened, rows, stored, request, here, ()) for stored in asked or measured[:1])
+    found = [(stored, _found(opened, rows, stored, request)) for stored in asked or measured[:1]]
+    first, *others = [_refusal(opened, stored, own, request) for stored, own in found]
+    if first is not None and None not in others:
+        raise first
+    return tuple(_answer(opened, rows, stored, own, request, here, ()) for stored, own in found)
 
 
 def exit_code(answers: Sequence[Answer]) -> ExitCode:
@@ -103,30 +110,41 @@ def _check(request: Request) -> None:
         raise UsageError(f"confidence {request.budget.confidence} is not possible", hint="from 50% to 99.9%")
 
 
-def _answer(
-    bundle: Bundle,
-    rows: Sequence[AccuracyRow],
-    stored: Stored,
-    request: Request,
-    here: Here,
-    others: Sequence[Stored],
-) -> Answer:
+def _found(bundle: Bundle, rows: Sequence[AccuracyRow], stored: Stored, request: Request) -> tuple[Candidate, ...]:
     artifacts = bundle.manifest.artifacts
     check_measured(stored, artifacts, request.regime, bundle.path)
-    found = candidates(artifacts, rows, stored.profile, request.regime)
-    now = here.conditions(stored.profile.device)
-    budget, rules = request.budget, request.rules
-    if rules.needs_accuracy(budget) and all(candidate.accuracy is None for candidate in found):
-        raise UsageError(
+    return candidates(artifacts, rows, stored.profile, request.regime)
+
+
+def _refusal(bundle: Bundle, stored: Stored, found: Sequence[Candidate], request: Request) -> HydraError | None:
+    """Why none of them could be picked whatever the budget; None where one could."""
+    rules = request.rules
+    if rules.needs_accuracy(request.budget) and all(candidate.accuracy is None for candidate in found):
+        return UsageError(
             f"{bundle.path}: no accuracy of these artifacts is known" + _other_weights(bundle),
             hint="hydradeploy evaluate --data D; or order by size with --assume-larger-is-better",
         )
     if rules.strict and all(candidate.cell.flags or candidate.cell.error for candidate in found):
         flags = sorted({flag for candidate in found for flag in candidate.cell.flags})
-        raise InvalidError(
+        return InvalidError(
             f"{stored.path}: no clean measurement of these artifacts ({', '.join(flags) or 'every cell failed'})",
             hint="measure again undisturbed, or pick without --strict",
         )
+    return None
+
+
+def _answer(
+    bundle: Bundle,
+    rows: Sequence[AccuracyRow],
+    stored: Stored,
+    found: Sequence[Candidate],
+    request: Request,
+    here: Here,
+    others: Sequence[Stored],
+) -> Answer:
+    artifacts = bundle.manifest.artifacts
+    now = here.conditions(stored.profile.device)
+    budget, rules = request.budget, request.rules
     choice = choose(found, budget, rules)
     level = budget.level
     shown = {name: _shown(getattr(choice, name), budget, level) for name in ("pick", "runner_up", "cheaper", "nearest")}

@@ -903,6 +903,26 @@ def test_strict_without_a_clean_cell_is_an_invalid_measurement(bare: World):
     assert bare.json("--latency", "9ms", "--strict")["pick"]["threads"] == 2
 
 
+def test_one_profile_without_anything_to_pick_from_costs_the_others_no_answer(world: World):
+    world.measured(world.cell(2, flags=("noisy",)), of=device(), under=conditions())
+    found = world.json("--latency", "4.5ms", "--strict", "--all", code=4)["answers"]
+    assert {a["device"]: a["verdict"] for a in found} == {
+        world.here.name: "pass",
+        "Imaginary CPU 9000": "inconclusive",
+    }
+    # Where it is so of all of them it is said.
+    world.measured(*(world.cell(heads, flags=("noisy",)) for heads in RIGHT))
+    assert "no clean measurement" in world.refused("--latency", "4.5ms", "--strict", "--all", code=6)
+
+
+def test_one_profile_of_artifacts_that_were_not_evaluated_costs_the_others_no_answer(bare: World):
+    bare.evaluated({3: 130})
+    bare.measured(bare.cell(3))
+    bare.measured(bare.cell(2), of=device(), under=conditions())
+    found = bare.json("--latency", "4.5ms", "--all", code=3)["answers"]
+    assert {a["device"]: a["verdict"] for a in found} == {bare.here.name: "pass", "Imaginary CPU 9000": "infeasible"}
+
+
 def edited(path: Path, edit: Any) -> None:
     document = json.loads(path.read_bytes())
     edit(document)
