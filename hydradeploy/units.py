@@ -104,6 +104,11 @@ def show_percent(fraction: float, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f}%"
 
 
+def show_confidence(level: float) -> str:
+    """A level as per cent with all of its digits: 0.999 is 99.9%, and nothing but 1 is 100%."""
+    return f"{100 * level:.9g}%"
+
+
 def show_points(fraction: float) -> str:
     """A difference of percentages: 0.005 is 0.50pp."""
     return f"{100 * fraction:.2f}pp"

@@ -18,6 +18,7 @@ from hydradeploy.units import (
     SIZE,
     parse,
     show_bytes,
+    show_confidence,
     show_count,
     show_percent,
     show_seconds,
@@ -211,3 +212,8 @@ def test_bytes_are_within_half_of_the_third_digit_of_their_value(size):
 )
 def test_a_fraction_is_shown_as_per_cent(fraction, digits, shown):
     assert show_percent(fraction, digits) == shown
+
+
+@pytest.mark.parametrize(("level", "shown"), [(0.95, "95%"), (0.999, "99.9%"), (0.9951, "99.51%"), (1.0, "100%")])
+def test_a_confidence_is_shown_with_all_of_its_digits(level, shown):
+    assert show_confidence(level) == shown

@@ -8,7 +8,7 @@ from hydradeploy.measurements import show_settings, show_way
 from hydradeploy.selector.answer import Answer, Picked, Rejected
 from hydradeploy.selector.budget import percentile_name
 from hydradeploy.selector.regime import SATURATED
-from hydradeploy.units import show_bytes, show_percent, show_seconds
+from hydradeploy.units import show_bytes, show_confidence, show_percent, show_seconds
 
 DEVICE_HEADER = ("device", "verdict", "artifact", "p50", "at most", "top-1")
 
@@ -80,4 +80,4 @@ def _latency(cell: Picked) -> str:
     name = percentile_name(latency.percentile)
     if latency.upper is None:
         return f"{name} not known"
-    return f"{name} at most {show_seconds(latency.upper)} with {show_percent(latency.confidence, 0)} confidence"
+    return f"{name} at most {show_seconds(latency.upper)} with {show_confidence(latency.confidence)} confidence"

@@ -16,7 +16,7 @@ from hydradeploy.stats.basics import normal_quantile
 from hydradeploy.stats.latency import Bounds, bounds, mean_bounds
 from hydradeploy.stats.order import allowed_misses, quantile, samples_needed
 from hydradeploy.stats.proportions import wilson
-from hydradeploy.units import show_bytes, show_percent, show_seconds
+from hydradeploy.units import show_bytes, show_confidence, show_percent, show_seconds
 
 Status = Literal["met", "missed", "open"]
 
@@ -228,7 +228,7 @@ def _open(candidate: Candidate, limit: LatencyLimit, found: Bounds, confidence: 
     if found.why_not is not None:
         text += f"; {found.why_not}"
     elif found.upper is not None:
-        text += f"; with {show_percent(confidence, 0)} confidence no more than {show_seconds(found.upper)}"
+        text += f"; with {show_confidence(confidence)} confidence no more than {show_seconds(found.upper)}"
     if found.spread:
         text += f" (processes differ by {show_percent(found.spread)})"
     return Check(name, "open", text, excess, _more(found, over / len(samples), confidence))

@@ -191,6 +191,19 @@ def test_people_get_the_same_answer_in_a_sentence(world: World):
     assert ran.err == ""
 
 
+@pytest.mark.parametrize("confidence", ["95%", "97.5%", "99.9%"])
+def test_the_confidence_is_told_as_it_was_asked_for(bare: World, confidence: str):
+    bare.evaluated()
+    levels = [2 * MS * (1 + 0.002 * i) for i in range(5)]
+    bare.measured(cell(bare.named(2), latencies(*levels, n=100)))
+    assert f" with {confidence} confidence (" in bare.run("--latency", "p90<=9ms", "--confidence", confidence).out
+    found = bare.json("--latency", "p90<=9ms", "--confidence", confidence)
+    just_below = f"p90<={found['pick']['latency_s']['upper'] * 999}ms"
+    ran = bare.run("--latency", just_below, "--confidence", confidence)
+    assert ran.code == 4
+    assert f"; with {confidence} confidence no more than " in ran.out
+
+
 def test_the_sentence_has_the_energy_where_it_was_measured_and_the_flags(world: World):
     remark = "floating-clocks: nothing kept the clocks where they were"
     world.measured(world.cell(4, energy_j=0.0421, flags=("floating-clocks",), remarks=(remark,)))
