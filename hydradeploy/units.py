@@ -83,6 +83,13 @@ def show_seconds(seconds: float) -> str:
     return _scaled(seconds, {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}) or f"{seconds * 1e9:.3g} ns"
 
 
+def show_at_most(seconds: float) -> str:
+    """Like `show_seconds`, but never less than it is, as nothing else is true of a bound: 219.2 us is 220 us."""
+    step = 10.0 ** (math.floor(math.log10(seconds)) - 2)
+    shown = [show_seconds((round(seconds / step) + more) * step) for more in (0, 1)]
+    return shown[0] if parse(shown[0], DURATION) >= seconds else shown[1]
+
+
 def show_duration(seconds: float) -> str:
     """How long people wait: `8 s`, `2 min 5 s`, `1 h 20 min`."""
     whole = max(1, round(seconds))

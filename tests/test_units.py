@@ -17,6 +17,7 @@ from hydradeploy.units import (
     RATE,
     SIZE,
     parse,
+    show_at_most,
     show_bytes,
     show_confidence,
     show_count,
@@ -191,6 +192,13 @@ def test_seconds_have_three_significant_digits_and_their_value(seconds):
     number, unit = show_seconds(seconds).split()
     assert significant(number) == 3
     assert float(number) * SI[unit] == pytest.approx(seconds, rel=0.00501)
+
+
+@given(st.floats(1e-9, 9e3))
+def test_what_is_shown_as_at_most_is_not_less_and_no_more_than_a_third_digit_more(seconds):
+    shown = parse(show_at_most(seconds), DURATION)
+    assert seconds <= shown <= seconds * 1.01001
+    assert show_at_most(shown) == show_at_most(seconds)
 
 
 @given(st.integers(1000, 999 * 10**9))

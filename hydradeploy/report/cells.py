@@ -12,7 +12,7 @@ from hydradeploy.stats.basics import mean, median
 from hydradeploy.stats.bootstrap import mean_interval, quantile_interval
 from hydradeploy.stats.order import quantile, samples_needed
 from hydradeploy.stats.pacing import deadline_misses, frame_age_s
-from hydradeploy.units import show_bytes, show_percent, show_seconds, show_threads
+from hydradeploy.units import show_at_most, show_bytes, show_percent, show_seconds, show_threads
 
 CONFIDENCE = 0.95
 BURST, SUSTAINED = "burst", "sustained"
@@ -210,7 +210,7 @@ def _percentile(cell: Cell, level: float) -> str:
 
 def _at_most(cell: Cell) -> str:
     upper = bounds_of(cell, 0.95, CONFIDENCE).upper
-    return "n/a" if upper is None else show_seconds(upper)
+    return "n/a" if upper is None else show_at_most(upper)
 
 
 def _spread(cell: Cell) -> str | None:

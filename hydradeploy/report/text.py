@@ -8,7 +8,7 @@ from hydradeploy.measurements import show_settings, show_way
 from hydradeploy.selector.answer import Answer, Picked, Rejected
 from hydradeploy.selector.budget import percentile_name
 from hydradeploy.selector.regime import SATURATED
-from hydradeploy.units import show_bytes, show_confidence, show_percent, show_seconds
+from hydradeploy.units import show_at_most, show_bytes, show_confidence, show_percent, show_seconds
 
 DEVICE_HEADER = ("device", "verdict", "artifact", "p50", "at most", "top-1")
 
@@ -66,8 +66,8 @@ def device_row(answer: Answer) -> tuple[str, ...]:
     cell = answer.pick
     if cell is None:
         return (*first, "", "", "", "")
-    latency = (cell.latency_s.p50, cell.latency_s.upper)
-    shown = ("n/a" if value is None else show_seconds(value) for value in latency)
+    p50, upper = cell.latency_s.p50, cell.latency_s.upper
+    shown = "n/a" if p50 is None else show_seconds(p50), "n/a" if upper is None else show_at_most(upper)
     return (*first, cell.artifact, *shown, "" if cell.accuracy is None else show_percent(cell.accuracy.top1))
 
 
@@ -80,4 +80,4 @@ def _latency(cell: Picked) -> str:
     name = percentile_name(latency.percentile)
     if latency.upper is None:
         return f"{name} not known"
-    return f"{name} at most {show_seconds(latency.upper)} with {show_confidence(latency.confidence)} confidence"
+    return f"{name} at most {show_at_most(latency.upper)} with {show_confidence(latency.confidence)} confidence"

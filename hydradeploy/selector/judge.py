@@ -16,7 +16,7 @@ from hydradeploy.stats.basics import normal_quantile
 from hydradeploy.stats.latency import Bounds, bounds, mean_bounds
 from hydradeploy.stats.order import allowed_misses, quantile, samples_needed
 from hydradeploy.stats.proportions import wilson
-from hydradeploy.units import show_bytes, show_confidence, show_percent, show_seconds
+from hydradeploy.units import show_at_most, show_bytes, show_confidence, show_percent, show_seconds
 
 Status = Literal["met", "missed", "open"]
 
@@ -212,7 +212,7 @@ def _latency(candidate: Candidate, limit: LatencyLimit, confidence: float) -> Ch
         )
     found = candidate.bounds(limit.percentile, confidence)
     if found.upper is not None and found.upper <= limit.limit_s:
-        return Check(name, "met", f"{name} at most {show_seconds(found.upper)}", found.upper / limit.limit_s)
+        return Check(name, "met", f"{name} at most {show_at_most(found.upper)}", found.upper / limit.limit_s)
     if found.lower is not None and found.lower > limit.limit_s:
         shown = f"{show_seconds(found.estimate)}, at least {show_seconds(found.lower)}"
         return Check(name, "missed", f"{name} {most}: {shown}", excess)
@@ -228,7 +228,7 @@ def _open(candidate: Candidate, limit: LatencyLimit, found: Bounds, confidence: 
     if found.why_not is not None:
         text += f"; {found.why_not}"
     elif found.upper is not None:
-        text += f"; with {show_confidence(confidence)} confidence no more than {show_seconds(found.upper)}"
+        text += f"; with {show_confidence(confidence)} confidence no more than {show_at_most(found.upper)}"
     if found.spread:
         text += f" (processes differ by {show_percent(found.spread)})"
     return Check(name, "open", text, excess, _more(found, over / len(samples), confidence))

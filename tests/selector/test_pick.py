@@ -191,6 +191,14 @@ def test_people_get_the_same_answer_in_a_sentence(world: World):
     assert ran.err == ""
 
 
+@pytest.mark.parametrize("heads", RIGHT)
+def test_a_bound_as_it_is_told_is_a_budget_that_is_met(world: World, heads: int):
+    told = world.run("--latency", f"{heads + 0.5}ms").out
+    name, bound = re.search(r"^(h\d\d-fp32) .* at most (\S+ \S+) with", told, re.MULTILINE).groups()
+    assert name == f"h{heads:02d}-fp32"
+    assert world.json("--latency", bound)["pick"]["artifact"] == name
+
+
 @pytest.mark.parametrize("confidence", ["95%", "97.5%", "99.9%"])
 def test_the_confidence_is_told_as_it_was_asked_for(bare: World, confidence: str):
     bare.evaluated()
