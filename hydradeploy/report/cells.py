@@ -229,7 +229,11 @@ def _throughput(cell: Cell) -> str | None:
 
 def _missed(cell: Cell) -> str | None:
     pace = pace_hz(cell.regime)
-    return None if pace is None else show_percent(deadline_misses(cell.latency_s, pace))
+    if pace is None:
+        return None
+    share = deadline_misses(cell.latency_s, pace)
+    # One of thousands is not none.
+    return "<0.1%" if 0 < share < 0.001 else show_percent(share)
 
 
 def _age(cell: Cell) -> str | None:

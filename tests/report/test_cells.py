@@ -130,6 +130,13 @@ def test_calls_on_a_schedule_show_missed_deadlines_and_the_age_of_frames():
     assert "throughput (95 %)" not in second.header
 
 
+@pytest.mark.parametrize(("late", "shown"), [(0, "0.0%"), (1, "<0.1%"), (4, "0.1%")])
+def test_one_missed_deadline_among_thousands_is_not_none(late, shown):
+    chains = [[30 * MS] * 800] * 4 + [[30 * MS] * (800 - late) + [40 * MS] * late]
+    _, second = tables([cell(artifact(3), chains, regime="paced-30hz")])
+    assert column(second, "missed") == [shown]
+
+
 def test_several_callers_show_throughput_with_its_interval():
     _, second = tables([cell(artifact(3), [[v] * 20 for v in (38 * MS, 40 * MS, 42 * MS)], regime="concurrent-4")])
     found = re.fullmatch(r"100/s \((\d+\.\d)\.\.(\d+)\)", column(second, "throughput (95 %)")[0])
