@@ -112,7 +112,6 @@ def train(
     with extra("train"):
         from hydradeploy.training import config as configs
         from hydradeploy.training.presets import suited
-        from hydradeploy.training.train import train as call
     written = {} if config is None else configs.read(config)
     name = str(preset or written.get("preset") or suited(data))
     fixed = parse_heads(anchors) if anchors is not None and anchors[:1].isdigit() else anchors
@@ -139,6 +138,9 @@ def train(
         else:
             print(configs.shown(*whole), end="")
         return
+    # Torch takes seconds, and nobody waits for it to hear of a wrong option.
+    with extra("train"):
+        from hydradeploy.training.train import train as call
     with progress() as report:
         trained = call(
             data,
