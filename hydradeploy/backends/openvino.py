@@ -48,8 +48,10 @@ class _Session:
         read_ahead(model)
         try:
             compiled = core.compile_model(str(model.graph), "CPU", properties)
-            self._request: Any = compiled.create_infer_request()
+            self._compiled: Any = compiled
+            self._free: list[Any] = [compiled.create_infer_request()]
             used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+            threads = compiled.get_property("INFERENCE_NUM_THREADS")
             streams = compiled.get_property("NUM_STREAMS")
         except Exception as error:
             raise MissingError(f"openvino cannot open {model.graph}: {_last_line(error)}") from error
@@ -58,7 +60,8 @@ class _Session:
         self._facts = {
             "openvino": str(openvino.__version__),
             "device": str(core.get_property("CPU", "FULL_DEVICE_NAME")),
-            "threads": "default" if options.threads is None else str(options.threads),
+            # Those it uses, which may be fewer than it was told.
+            "threads": "default" if options.threads is None else str(threads),
             "streams": str(streams),
             "compute_type": kind,
             **chosen.settings,
@@ -70,18 +73,27 @@ class _Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._request = None
+        self._compiled, self._free = None, []
 
     def run(self, images: Images) -> NDArray[np.float32]:
-        if self._request is None:
+        if self._compiled is None:
             raise RuntimeError(f"{self._model.name}: the session is closed")
         check_input(self._model, images)
         try:
-            found = self._request.infer({"image": np.ascontiguousarray(images)}, share_inputs=True)
+            request = self._request()
+            found = request.infer({"image": np.ascontiguousarray(images)}, share_inputs=True)
         except Exception as error:
             raise MissingError(f"openvino cannot run {self._model.graph}: {_last_line(error)}") from error
         logits: NDArray[np.float32] = found["logits"]
+        self._free.append(request)
         return logits
+
+    def _request(self) -> Any:
+        """One that nobody else has, for it refuses a second caller."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return self._compiled.create_infer_request()
 
     def facts(self) -> Mapping[str, str]:
         return self._facts
@@ -107,9 +119,15 @@ class _Openvino:
         return None if find_spec("openvino") else "the package openvino is not installed"
 
     def software(self) -> Mapping[str, str]:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return {"openvino": version("openvino")}
+        try:
+            return {"openvino": version("openvino")}
+        except PackageNotFoundError:  # of Intel's archive, which pip knows nothing of
+            _core()
+            import openvino
+
+            return {"openvino": str(openvino.__version__)}
 
     def prepare(self) -> None:
         _core()

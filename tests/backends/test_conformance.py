@@ -182,6 +182,28 @@ def test_any_number_of_images_is_run_in_the_batches_the_model_wants(runner, supe
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_several_callers_of_one_session_each_have_their_own_logits(runner, opened):
+    """As `profile --concurrency` calls it."""
+    batch, target, wrong = images(opened), model(opened, runner), []
+    with runner.open(target, Options(threads=1)) as session:
+        expected = run_all(session, target, batch)
+
+        def call(first: int) -> None:
+            try:
+                for at in range(first, first + 20):
+                    logits = session.run(batch[at % len(batch)][None])
+                    np.testing.assert_allclose(logits[0], expected[at % len(batch)], rtol=1e-4, atol=1e-4)
+            except BaseException as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=call, args=(first,)) for first in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
 def test_sessions_in_threads_do_not_disturb_each_other(runner, opened):
     batch = images(opened)
     expected = opened.golden().logits

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -104,6 +105,17 @@ import openvino_telemetry
     assert list(tmp_path.rglob("*")) == []
 
 
+def test_one_that_pip_knows_nothing_of_has_a_version_too(runner, monkeypatch):
+    """As Intel's archive has it, whose setupvars.sh puts its directory into PYTHONPATH."""
+    told = runner.software()["openvino"]
+
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert runner.software()["openvino"].startswith(told)
+
+
 def test_int8_with_ranges_found_at_run_time_is_left_to_others(runner):
     assert runner.compute_types("int8dyn") == ()
 
@@ -143,6 +155,14 @@ def test_int8_for_any_number_of_images_is_refused_where_it_would_crash(runner, m
     assert "--batch" in str(refused.value.hint)
     with runner.open(fixed, Options(threads=1)) as session:
         assert session.run(np.zeros((1, 3, 32, 32), np.float32)).shape == (1, 10)
+
+
+def test_the_threads_on_record_are_those_that_it_uses(runner, everything):
+    target = model_of(everything, everything.artifact("h03-fp32"), "ort")
+    with runner.open(target, Options(threads=1)) as session:
+        assert session.facts()["threads"] == "1"
+    with runner.open(target, Options(threads=10_000)) as session:
+        assert 1 <= int(session.facts()["threads"]) <= (os.cpu_count() or 1)
 
 
 def test_the_hint_decides_about_streams(runner, everything):
