@@ -30,7 +30,7 @@ _DIRECTORIES = (
 )
 _DRIVER = "libcuda.so.1"
 
-_OUT_OF_MEMORY = 2
+_OUT_OF_MEMORY, _INSUFFICIENT_DRIVER = 2, 35
 # Not initialised, a stub library, driver missing or too old, no device, unknown.
 _NO_DEVICE = (3, 34, 35, 100, 999)
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
@@ -214,6 +214,14 @@ class Cuda:
         self.why_no_device = "" if count else "CUDA sees no device"
         return count
 
+    def is_too_new(self) -> bool:
+        """Whether it says that the driver is older than it takes; with an older libcudart there may be a GPU."""
+        try:
+            self._asked("cudaGetDeviceCount", _I)
+        except HydraError as error:
+            return isinstance(error, CudaFailed) and error.code == _INSUFFICIENT_DRIVER
+        return False
+
     def versions(self) -> tuple[int, int]:
         """Runtime and driver as 12060 for 12.6, 0 for unknown: without a driver CUDA 11 tells neither."""
 
@@ -332,16 +340,25 @@ def candidates() -> Iterator[str]:
 
 @cache
 def load() -> Cuda:
-    """This process's libcudart; raises MissingError where there is none that has what is needed."""
-    reasons = []
+    """This process's libcudart; raises MissingError where there is none that has what is needed.
+
+    Of several it is the first that the driver is new enough for, else the first.
+    """
+    reasons, too_new = [], None
     for path in candidates():
         try:
-            return Cuda(path)
+            found = Cuda(path)
         except OSError:
             continue
         # The loader's name of a library says nothing of what is in it.
         except AttributeError as error:
             reasons.append(f"; {path} is too old: {error}")
+            continue
+        if why_no_driver() is not None or not found.is_too_new():
+            return found
+        too_new = too_new or found
+    if too_new is not None:
+        return too_new
     raise MissingError(
         f"libcudart, CUDA's runtime, is not found{''.join(reasons)}",
         hint="on a Jetson install JetPack's CUDA, elsewhere: pip install nvidia-cuda-runtime",

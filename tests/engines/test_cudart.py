@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -193,11 +195,11 @@ def test_a_capture_that_fails_leaves_a_stream_that_works(cuda):
 
 @pytest.fixture
 def fresh():
-    cudart.load.cache_clear()
-    cudart.why_no_gpu.cache_clear()
+    for asked in (cudart.load, cudart.why_no_gpu, cudart.why_no_driver):
+        asked.cache_clear()
     yield
-    cudart.load.cache_clear()
-    cudart.why_no_gpu.cache_clear()
+    for asked in (cudart.load, cudart.why_no_gpu, cudart.why_no_driver):
+        asked.cache_clear()
 
 
 def test_the_first_library_that_has_everything_is_taken(fresh, monkeypatch, tmp_path):
@@ -207,6 +209,21 @@ def test_the_first_library_that_has_everything_is_taken(fresh, monkeypatch, tmp_
     assert cudart.load().path == str(library())
     assert cudart.load() is cudart.load()
     assert cudart.why_no_gpu() is None
+
+
+def test_a_library_that_is_too_new_for_the_driver_makes_room_for_an_older_one(fresh, monkeypatch, tmp_path):
+    newer, newest = (Path(shutil.copy(library(), tmp_path / name)) for name in ("newer.so", "newest.so"))
+    for path in (newer, newest):
+        ctypes.CDLL(str(path)).fake_devices(0, 35)
+    monkeypatch.setattr(cudart, "_DRIVER", str(library()))
+    monkeypatch.setattr(cudart, "candidates", lambda: iter([str(newest), str(newer), str(library())]))
+    assert cudart.load().path == str(library())
+    assert cudart.why_no_gpu() is None
+    cudart.load.cache_clear()
+    cudart.why_no_gpu.cache_clear()
+    monkeypatch.setattr(cudart, "candidates", lambda: iter([str(newest), str(newer)]))
+    assert cudart.load().path == str(newest)
+    assert "driver version is insufficient" in str(cudart.why_no_gpu())
 
 
 def test_no_library_is_one_clear_error(fresh, monkeypatch):
