@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hydradeploy.bundle import MANIFEST, Bundle, FileRecord
-from hydradeploy.engines.cache import ENGINES, PLAN, RECORD, Cache
-from hydradeploy.errors import environment
+from hydradeploy.engines.cache import ENGINES, PLAN, RECORD, Cache, Key
+from hydradeploy.errors import IntegrityError, environment
 from hydradeploy.files import CHUNK, inside, sha256_bytes, sha256_file
 
 
@@ -49,12 +49,20 @@ def begins_with(path: Path, size_bytes: int, sha256: str) -> bool:
 
 
 def _engines(bundle: Bundle) -> Iterator[tuple[str, FileRecord]]:
-    artifacts = {artifact.sha256 for artifact in bundle.manifest.artifacts}
-    for name, record in Cache(bundle.path / ENGINES).records().items():
-        if record.key.gpu is None and record.key.sha256 in artifacts:
+    artifacts, cache = {artifact.sha256 for artifact in bundle.manifest.artifacts}, Cache(bundle.path / ENGINES)
+    for name, record in cache.records().items():
+        if record.key.gpu is None and record.key.sha256 in artifacts and _is_whole(cache, record.key):
             place = f"{ENGINES}/{name}"
             yield f"{place}/{RECORD}", _record(inside(bundle.path, f"{place}/{RECORD}"))
             yield f"{place}/{PLAN}", record.plan
+
+
+def _is_whole(cache: Cache, key: Key) -> bool:
+    """A damaged one is as good as none: who needs it builds it again."""
+    try:
+        return cache.find(key) is not None
+    except IntegrityError:
+        return False
 
 
 def _record(path: Path) -> FileRecord:

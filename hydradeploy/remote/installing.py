@@ -82,7 +82,8 @@ def point(root: str, place: str) -> None:
 
 def run(command: list, code: int, message: str, hint: str) -> None:  # type: ignore[type-arg]  # list[str] is 3.9's
     """Run a command; where it fails, end with its last words."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # Not in the home directory: with `-m`, a file there would stand in for a module of that name.
+    done = subprocess.run(command, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode != 0:
         lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR:")]

@@ -29,7 +29,9 @@ START = 'p=$(printf %b "$1"); exec "$p" there'
 
 _WHEEL = re.compile(r"(?P<file>.*?/?hydradeploy-(?P<version>[^-/]+)-[^/]*\.whl)(?:\[(?P<extras>[a-z0-9,_-]+)\])?$")
 _BOOTSTRAP = (
-    'exec python3 -c "import sys; exec(bytes.fromhex(sys.argv[1]))" "$1" "$(printf %b "$2")" "$3" "$(printf %b "$4")"'
+    # It starts in the home directory, where a file would stand in for a module of that name.
+    'exec python3 -c "import sys; sys.path = list(filter(None, sys.path)); exec(bytes.fromhex(sys.argv[1]))" '
+    '"$1" "$(printf %b "$2")" "$3" "$(printf %b "$4")"'
 )
 
 

@@ -45,9 +45,12 @@ from hydradeploy.remote.place import Place, opened
 SILENCE_S = 60.0
 _ENDING_S = 30.0
 _LOOK_S = 1.0
-# Dies with this process, however that ends; what it has started dies with it.
+# Dies with this process, however that ends; what it has started dies with it. It starts in the home directory, where a
+# file would stand in for a module of that name.
 _PROFILE = """
-import signal, sys
+import sys
+sys.path = list(filter(None, sys.path))
+import signal
 from hydradeploy.processes import die_with
 die_with(int(sys.argv.pop(1)), signal.SIGTERM)
 from hydradeploy.cli import main

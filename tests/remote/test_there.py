@@ -14,6 +14,7 @@ import pytest
 
 from hydradeploy import open_bundle
 from hydradeploy.bundle import FileRecord
+from hydradeploy.engines.cache import Cache, Key
 from hydradeploy.errors import IntegrityError
 from hydradeploy.files import sha256_bytes
 from hydradeploy.remote.channel import (
@@ -34,8 +35,17 @@ from hydradeploy.remote.channel import (
 )
 from hydradeploy.remote.contents import contents
 from hydradeploy.remote.ssh import line_of
+from tests.conftest import rot
 
+ROOT = Path(__file__).parents[2]
 NAME = "bundle-12345678"
+# As the installed program has it: no module of the working directory.
+THERE = """
+import sys
+sys.path = list(filter(None, sys.path))
+from hydradeploy.remote.there import main
+sys.exit(main(float(sys.argv[1])))
+"""
 
 
 @pytest.fixture
@@ -45,10 +55,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def there(silence_s: float = 60.0) -> Iterator[tuple[Channel, subprocess.Popen[bytes]]]:
-    """A conversation, greeted."""
-    command = [sys.executable, "-c", f"from hydradeploy.remote.there import main; raise SystemExit(main({silence_s}))"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+def there(home: Path | None = None, silence_s: float = 60.0) -> Iterator[tuple[Channel, subprocess.Popen[bytes]]]:
+    """A conversation, greeted; `home` is where it starts."""
+    command = [sys.executable, "-c", THERE, str(silence_s)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=home, env=env) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         channel = Channel(process.stdout.fileno(), process.stdin.fileno(), silence_s=60.0)
@@ -151,6 +162,40 @@ def test_no_name_leads_out_of_its_place(shared_bundle, tmp_path, place, name):
         channel.send(Want(place=name, files={}))
         assert isinstance(channel.receive(), Failed)
     assert not list(tmp_path.rglob("outside"))
+
+
+def test_an_engine_that_is_damaged_here_does_not_go(bundle):
+    """Its bytes are not those that its record announces, so that it would keep everything else from arriving."""
+    opened, cache = open_bundle(bundle), Cache(bundle / "engines")
+    artifact = opened.artifact("h03-fp32")
+    keys = [
+        Key(kind="tensorrt-rtx", graph_sha256=artifact.graph_sha256, sha256=artifact.sha256, version=version)
+        for version in ("1.5", "1.6", "1.7")
+    ]
+    for key in keys:
+        cache.store(key, b"for anybody")
+    plans = [f"engines/{key.fingerprint}/plan" for key in keys]
+    assert set(plans) <= contents(opened).keys()
+    rot(bundle / plans[0], 3)
+    (bundle / plans[1]).unlink()
+    assert contents(opened).keys() & {*plans} == {plans[2]}
+
+
+def test_no_file_of_the_home_directory_stands_in_for_a_module(shared_bundle, place, tmp_path, monkeypatch):
+    """Commands over ssh start there, and people keep scripts there."""
+    files = contents(open_bundle(shared_bundle))
+    copy(shared_bundle, files)
+    for name in ("signal", "random", "onnxruntime"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')\n")
+    with there(tmp_path) as (channel, _):
+        wanted(channel, files)
+        assert take(channel) == Done()
+        channel.send(Run(arguments=("--heads=2", "--precision=fp32", "--threads=1", "--device=cpu", "--dry-run")))
+        said = [channel.receive()]
+        while isinstance(said[-1], Line):
+            said.append(channel.receive())
+    assert isinstance(said[-1], Ended), said
+    assert said[-1].code == 0, said
 
 
 def test_who_falls_silent_is_taken_for_gone_and_the_profile_ends(shared_bundle, place):
