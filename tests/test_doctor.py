@@ -436,6 +436,12 @@ def test_what_others_do_is_a_remark_from_where_cells_are_flagged(look, counter, 
     assert row(look(Toy(rises={counter: rise})), "load", name).status == status
 
 
+def test_a_quota_that_runs_out_is_no_matter_of_heat(look):
+    assert "cpu.max" in str(row(look(Toy(rises={"cgroup_throttled": 1})), "load", "throttling").fix)
+    both = Toy(rises={"cgroup_throttled": 1, "throttle_events.core": 1})
+    assert "let it cool" in str(row(look(both), "load", "throttling").fix)
+
+
 def test_what_this_process_does_itself_is_not_others_work(look):
     def work(seconds: float) -> None:
         until = time.process_time() + 0.2

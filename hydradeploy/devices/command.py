@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,8 @@ from hydradeploy.errors import MissingError
 Command = Callable[[Sequence[str]], str]
 
 _PATIENCE_S = 30
+# Where nvpmodel is, which not every service and no job of cron has in its PATH.
+_ALSO_IN = ("/usr/sbin", "/sbin")
 
 
 def run(words: Sequence[str]) -> str:
@@ -19,12 +22,14 @@ def run(words: Sequence[str]) -> str:
     It gets no terminal, so that it cannot ask, and no Ctrl-C, so that it is not stopped half way.
     """
     program = words[0]
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), *_ALSO_IN))
     try:
         ran = subprocess.run(
             list(words),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_PATIENCE_S,
+            env=os.environ | {"PATH": path},
             start_new_session=True,
         )
     except FileNotFoundError as error:

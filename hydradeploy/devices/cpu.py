@@ -91,10 +91,14 @@ class Cpu:
         tree = self._linux.tree
         lines = (tree.text("proc/cpuinfo") or "").splitlines()
         fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        model = fields.get("model name")
+        # `ARMv8 Processor rev 1 (v8l)`, of Jetsons and of 32-bit kernels, is no name.
+        if model and not model.startswith("ARMv"):
+            return model
         # ARM kernels give numbers for the core, and boards their name in the device tree.
-        board = tree.text("proc/device-tree/model")
+        board = tree.text("proc/device-tree/model") or fields.get("Model")
         arm = fields.get("CPU part") and f"ARM {fields.get('CPU implementer')} {fields['CPU part']}"
-        return fields.get("model name") or board or fields.get("Model") or arm or None
+        return board or arm or model or None
 
 
 MACHINE = Cpu()

@@ -20,6 +20,9 @@ OVERCURRENTS_PER_S = 20.0
 
 _WINDOW_S = 0.5
 _LOOK = "top -o %CPU"
+_QUOTA = "cgroup_throttled"
+_COOL = "let it cool, look at fan and supply, or choose another power mode"
+_FEWER = "stop what else runs in this control group, or raise its cpu.max: a quota of processor time ran out"
 
 
 def average(patient: Patient) -> Iterator[Row]:
@@ -97,14 +100,13 @@ def _throttling(before: Reading, after: Reading) -> Iterator[Row]:
     bearable = {"overcurrent_events": OVERCURRENTS_PER_S * (after.at_s - before.at_s)}
     for key in after.counters:
         quantity = key.partition(".")[0]
-        if quantity not in ("throttle_events", "cgroup_throttled", "overcurrent_events"):
+        if quantity not in ("throttle_events", _QUOTA, "overcurrent_events"):
             continue
         if (rise := _rise(before, after, key) or 0) > bearable.get(quantity, 0):
             now[key] = rise
     if now:
         signs = several({key.partition(".")[2] or key.replace("_", " "): f"{value:g}" for key, value in now.items()})
-        fix = "let it cool, look at fan and supply, or choose another power mode"
-        yield Row("load", "throttling", "remark", f"now: {signs}", fix)
+        yield Row("load", "throttling", "remark", f"now: {signs}", _COOL if now.keys() - {_QUOTA} else _FEWER)
     else:
         yield Row("load", "throttling", "ok", "no sign now")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from hydradeploy.devices import command
@@ -32,6 +34,15 @@ def test_a_program_that_is_not_there_or_not_one_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MissingError, match="cannot be run: permission denied"):
         command.run([str(tmp_path / "file")])
+
+
+def test_what_is_for_administrators_is_found_too(tmp_path, monkeypatch):
+    """In a job of cron, nvpmodel is not in the PATH."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    own = Path(program(tmp_path, "ldconfig", "echo mine"))
+    assert command.run(["ldconfig", "--version"]) == "mine\n"
+    own.unlink()
+    assert "ldconfig" in command.run(["ldconfig", "--version"])
 
 
 def test_a_program_that_hangs_is_given_up(tmp_path, monkeypatch):

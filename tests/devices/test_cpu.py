@@ -48,6 +48,7 @@ def test_this_machine_has_one():
 
 X86 = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 7B13\nflags\t\t: fpu avx2\n\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\nCPU revision\t: 1\n\n"
+JETSON = "processor\t: 0\nmodel name\t: ARMv8 Processor rev 1 (v8l)\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n\n"
 PI = "\nHardware\t: BCM2835\nRevision\t: c03111\nSerial\t\t: 10\nModel\t\t: Raspberry Pi 4 Model B Rev 1.1\n"
 TREE = "proc/device-tree/model"
 
@@ -65,6 +66,9 @@ TREE = "proc/device-tree/model"
         ({TREE: "Board without cpuinfo\0"}, "Board without cpuinfo"),
         ({"proc/cpuinfo": ARM, TREE: "\0"}, "ARM 0x41 0xd0c"),
         ({"proc/cpuinfo": ARM, TREE: ""}, "ARM 0x41 0xd0c"),
+        ({"proc/cpuinfo": JETSON, TREE: "NVIDIA Jetson Orin Nano\0"}, "NVIDIA Jetson Orin Nano"),
+        ({"proc/cpuinfo": JETSON}, "ARM 0x41 0xd42"),
+        ({"proc/cpuinfo": "model name\t: ARMv7 Processor rev 3 (v7l)\n"}, "ARMv7 Processor rev 3 (v7l)"),
         ({"proc/cpuinfo": "model name\t:\n"}, platform.machine()),
         ({"proc/cpuinfo": ""}, platform.machine()),
         ({"proc/cpuinfo": "no colon in this line\n"}, platform.machine()),
