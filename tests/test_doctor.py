@@ -358,6 +358,22 @@ def test_room_on_the_disk(look, free, status, code):
     assert found.exit_code is code
 
 
+@pytest.mark.parametrize(
+    ("most", "found", "status"),
+    [
+        (99 * 10**6, "94.4 MiB left of what its control group grants", "wrong"),
+        (600 * 10**6, "572 MiB left of what its control group grants", "remark"),
+        (1 << 40, "available", "ok"),
+    ],
+)
+def test_memory_is_what_a_container_may_have_of_it(look, most, found, status):
+    group = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": str(most), "sys/fs/cgroup/memory.current": "0"}
+    memory = row(look(files=QUIET | group), "disk", "memory")
+    assert memory.status == status
+    assert found in memory.found
+    assert ("memory.max" in str(memory.fix)) == (status != "ok")
+
+
 def test_a_directory_of_profiles_that_is_not_there_yet_is_fine_and_is_not_made(tmp_path):
     found = diagnose(tmp_path / "not" / "yet", here=Toy(), rest=lambda seconds: None)
     assert row(found, "disk", "profiles").status == "ok"

@@ -1,4 +1,4 @@
-"""What control groups grant this process of the processor, and what they withheld; version 1, version 2 or both."""
+"""What control groups grant this process of processor and memory, and what they withheld; version 1, 2 or both."""
 
 from __future__ import annotations
 
@@ -10,11 +10,23 @@ from pathlib import Path
 from hydradeploy.devices.reading import Tree, field_of
 
 # Version 1 is mounted under the names of its controllers, some systems linking the short name to the long one.
-_MOUNTS = {1: ("cpu,cpuacct", "cpuacct,cpu", "cpu"), 2: ("unified",)}
+_MOUNTS = {"cpu": ("cpu,cpuacct", "cpuacct,cpu", "cpu"), "memory": ("memory",)}
+_MOUNTS_OF_2 = ("unified",)
 _CPU_MAX = re.compile("([0-9]{1,20}) ([0-9]{1,20})")
 
 
 def cpu_groups(tree: Tree) -> tuple[Path, ...]:
+    """The directories that may limit the processor."""
+    return _groups(tree, "cpu")
+
+
+def memory_left_bytes(tree: Tree) -> int | None:
+    """What the tightest limit of memory leaves, with what can be given up at once; None for no limit."""
+    told = [_left(tree, group) for group in _groups(tree, "memory")]
+    return min((left for left in told if left is not None), default=None)
+
+
+def _groups(tree: Tree, controller: str) -> tuple[Path, ...]:
     """The directories of this process's own group and of all above it, each of which may have a limit.
 
     Some may not exist: a container may see the path that its host gives the group, and have its limit at the root.
@@ -23,9 +35,9 @@ def cpu_groups(tree: Tree) -> tuple[Path, ...]:
     for line in (tree.text("proc/self/cgroup") or "").splitlines():
         number, _, rest = line.partition(":")
         controllers, colon, group = rest.partition(":")
-        if not colon or not (number == "0" if not controllers else "cpu" in controllers.split(",")):
+        if not colon or not (number == "0" if not controllers else controller in controllers.split(",")):
             continue
-        top = _mounted(tree, 1 if controllers else 2)
+        top = _mounted(tree, _MOUNTS[controller] if controllers else _MOUNTS_OF_2)
         parts = [part for part in group.split("/") if part]
         # Beside this namespace, not below it.
         below = [] if ".." in parts else parts
@@ -57,9 +69,20 @@ def throttled(tree: Tree, groups: Iterable[Path]) -> dict[str, float]:
     return found
 
 
-def _mounted(tree: Tree, version: int) -> Path:
+def _mounted(tree: Tree, names: Iterable[str]) -> Path:
     top = tree.path("sys/fs/cgroup")
-    return next((top / name for name in _MOUNTS[version] if os.path.isdir(top / name)), top)
+    return next((top / name for name in names if os.path.isdir(top / name)), top)
+
+
+def _left(tree: Tree, group: Path) -> int | None:
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        most, taken = tree.number(group / limit), tree.number(group / used)
+        if most is not None and taken is not None:
+            return max(0, most - taken + (field_of(tree.text(group / "memory.stat"), cache) or 0))
+    return None
 
 
 def _quota(tree: Tree, group: Path) -> float | None:

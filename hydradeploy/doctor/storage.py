@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from hydradeploy.devices.cgroups import memory_left_bytes
 from hydradeploy.devices.reading import field_of
 from hydradeploy.doctor.patient import Patient, Row, Status, said
 from hydradeploy.errors import HydraError
@@ -29,8 +30,14 @@ def temporary_disk(patient: Patient) -> Iterator[Row]:
 
 
 def memory(patient: Patient) -> Iterator[Row]:
-    free = field_of(patient.tree.text("proc/meminfo"), "MemAvailable")
-    if free is None:
+    free, left = field_of(patient.tree.text("proc/meminfo"), "MemAvailable"), memory_left_bytes(patient.tree)
+    if left is not None and (free is None or left < free * 1024):
+        found, fix = (
+            f"{show_bytes(left)} left of what its control group grants",
+            "raise memory.max of the control group",
+        )
+        yield _room("memory", left, found, f"{fix}, or stop what else runs in it")
+    elif free is None:
         yield Row("disk", "memory", "remark", "what is available cannot be read")
     else:
         fix = "stop what need not run: ps aux --sort=-rss"

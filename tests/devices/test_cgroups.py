@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hydradeploy.devices.cgroups import cpu_groups, quota_cores, throttled
+from hydradeploy.devices.cgroups import cpu_groups, memory_left_bytes, quota_cores, throttled
 from hydradeploy.devices.reading import Tree
 from tests.devices.trees import below, tree
 
@@ -87,3 +87,37 @@ def test_a_group_that_does_not_count_gives_nothing(tmp_path, text):
     files = own("0::/") if text is None else own("0::/") | {f"{TOP}/cpu.stat": text}
     found = Tree(tree(tmp_path, files))
     assert throttled(found, cpu_groups(found)) == {}
+
+
+def room(directory: str, most: object, used: int, cache: int | None = None) -> dict[str, str]:
+    stat = {} if cache is None else {"memory.stat": f"anon 1\ninactive_file {cache}"}
+    return below(directory, {"memory.max": most, "memory.current": used} | stat)
+
+
+def room_1(directory: str, most: int, used: int, cache: int) -> dict[str, str]:
+    stat = f"inactive_file 5\ntotal_inactive_file {cache}"
+    return below(directory, {"memory.limit_in_bytes": most, "memory.usage_in_bytes": used, "memory.stat": stat})
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        (own("0::/") | room(TOP, 1000, 600, 150), 550),
+        (own("0::/") | room(TOP, 1000, 600), 400),
+        (own("0::/") | room(TOP, 1000, 1200, 100), 0),
+        (own("0::/") | room(TOP, "max", 600, 150), None),
+        (own("0::/") | {f"{TOP}/memory.max": "1000\n"}, None),
+        (own("0::/a/b") | room(f"{TOP}/a/b", "max", 1) | room(f"{TOP}/a", 1000, 700), 300),
+        (own("0::/a/b") | room(f"{TOP}/a/b", 500, 100) | room(f"{TOP}/a", 1000, 900), 100),
+        (own("0::/docker/123") | room(TOP, 1000, 600), 400),
+        (own("4:memory:/a", "0::/") | room_1(f"{TOP}/memory/a", 1000, 600, 150), 550),
+        (own("4:memory:/docker/123") | room_1(f"{TOP}/memory", 1000, 600, 150), 550),
+        (own("4:memory:/") | room_1(f"{TOP}/memory", 9223372036854771712, 600, 0), 9223372036854771112),
+        (own("4:cpu:/a", "3:memory:/b") | room_1(f"{TOP}/memory/a", 1000, 600, 0), None),
+        (own(), None),
+        ({}, None),
+    ],
+)
+def test_the_memory_that_is_left_is_what_the_tightest_group_leaves(tmp_path, files, left):
+    """What it can give up at once, pages of files that nobody has used lately, is no use of it."""
+    assert memory_left_bytes(Tree(tree(tmp_path, files))) == left
