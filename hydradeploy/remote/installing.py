@@ -67,7 +67,7 @@ def install(root: str, place: str, name: str, data: bytes, extras: str, shared: 
 
 
 def point(root: str, place: str) -> None:
-    """Let `venv` be that one, and remove those before."""
+    """Let `venv` be that one, and remove those before, except where a run goes on in one."""
     link = os.path.join(root, "venv")
     if os.path.realpath(link) != os.path.realpath(place):
         fresh = link + ".new"
@@ -76,8 +76,20 @@ def point(root: str, place: str) -> None:
         os.symlink(os.path.basename(place), fresh)
         os.replace(fresh, link)
     for other in os.listdir(root):
-        if other.startswith("venv-") and other != os.path.basename(place):
+        if other.startswith("venv-") and other != os.path.basename(place) and not in_use(os.path.join(root, other)):
             shutil.rmtree(os.path.join(root, other), ignore_errors=True)
+
+
+def in_use(place: str) -> bool:
+    """Whether a run holds the lock on its `ready`, as `there.py` does."""
+    try:
+        with open(os.path.join(place, "ready")) as ready:
+            fcntl.flock(ready, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def run(command: list, code: int, message: str, hint: str) -> None:  # type: ignore[type-arg]  # list[str] is 3.9's

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import selectors
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 
 from hydradeploy import bundle, measurements
@@ -65,7 +66,7 @@ def main(silence_s: float = SILENCE_S) -> int:
     sink = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     channel = Channel(sys.stdin.fileno(), sink, silence_s)
-    with suppress(Hangup):
+    with suppress(Hangup), _environment_in_use():
         try:
             channel.greet(Hello(protocol=PROTOCOL, version=version("hydradeploy"), schemas=schemas()))
             _serve(channel, silence_s)
@@ -73,6 +74,16 @@ def main(silence_s: float = SILENCE_S) -> int:
             channel.send(Failed(code=error.exit_code, message=error.message, hint=error.hint))
             return error.exit_code
     return 0
+
+
+@contextmanager
+def _environment_in_use() -> Iterator[None]:
+    """Keep the environment that --bootstrap has made, where this runs in it, from being removed by the next one."""
+    with ExitStack() as held:
+        with suppress(OSError):
+            ready = held.enter_context(open(os.path.join(sys.prefix, "ready")))
+            fcntl.flock(ready, fcntl.LOCK_SH)
+        yield
 
 
 def schemas() -> dict[str, int]:

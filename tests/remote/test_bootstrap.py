@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from hydradeploy.errors import EnvironmentFailed
 from hydradeploy.remote import installing
+from hydradeploy.remote.program import Wheel, bootstrap
+from hydradeploy.remote.ssh import line_of
 from tests.conftest import missing
 from tests.remote.conftest import PATIENCE_S, Device
 
@@ -72,6 +75,31 @@ def test_it_can_be_read_by_a_python_that_is_too_old():
     import ast
 
     ast.parse(Path(installing.__file__).read_text(), feature_version=(3, 6))
+
+
+def test_no_file_of_the_home_directory_stands_in_for_a_module(tmp_path, monkeypatch):
+    """Commands over ssh start there."""
+    home, programs = tmp_path / "home", tmp_path / "bin"
+    home.mkdir()
+    programs.mkdir()
+    (programs / "python3").symlink_to(sys.executable)
+    for name in ("subprocess", "this"):
+        (home / f"{name}.py").write_text("raise SystemExit('not this one')\n")
+
+    class Cut:
+        host = "orin"
+
+        def run(self, script: str, *arguments: str, data: bytes = b"") -> tuple[int, bytes, str]:
+            env = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path)}
+            command = line_of(script, *arguments)
+            ran = subprocess.run(command, shell=True, cwd=home, input=data[1:], capture_output=True, env=env)
+            return ran.returncode, ran.stdout, ran.stderr.decode()
+
+    (tmp_path / NAME).write_bytes(b"a wheel")
+    with pytest.raises(EnvironmentFailed, match="the wheel did not arrive whole"):
+        bootstrap(Cut(), Wheel(tmp_path / NAME, "ort"), lambda text: None)  # type: ignore[arg-type]
+    monkeypatch.chdir(home)
+    installing.run([sys.executable, "-m", "this"], 8, "it cannot", "apt-get")
 
 
 @pytest.mark.slow

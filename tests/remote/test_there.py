@@ -17,6 +17,7 @@ from hydradeploy.bundle import FileRecord
 from hydradeploy.engines.cache import Cache, Key
 from hydradeploy.errors import IntegrityError
 from hydradeploy.files import sha256_bytes
+from hydradeploy.remote import installing
 from hydradeploy.remote.channel import (
     Alive,
     Channel,
@@ -44,6 +45,7 @@ THERE = """
 import sys
 sys.path = list(filter(None, sys.path))
 from hydradeploy.remote.there import main
+sys.prefix = sys.argv[2]
 sys.exit(main(float(sys.argv[1])))
 """
 
@@ -55,9 +57,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def there(home: Path | None = None, silence_s: float = 60.0) -> Iterator[tuple[Channel, subprocess.Popen[bytes]]]:
-    """A conversation, greeted; `home` is where it starts."""
-    command = [sys.executable, "-c", THERE, str(silence_s)]
+def there(
+    home: Path | None = None, silence_s: float = 60.0, environment: Path = Path(sys.prefix)
+) -> Iterator[tuple[Channel, subprocess.Popen[bytes]]]:
+    """A conversation, greeted; `home` is where it starts, `environment` the one that it runs in."""
+    command = [sys.executable, "-c", THERE, str(silence_s), str(environment)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=home, env=env) as process:
         assert process.stdin is not None
@@ -196,6 +200,19 @@ def test_no_file_of_the_home_directory_stands_in_for_a_module(shared_bundle, pla
             said.append(channel.receive())
     assert isinstance(said[-1], Ended), said
     assert said[-1].code == 0, said
+
+
+def test_an_environment_that_somebody_runs_in_is_not_removed_for_another(tmp_path):
+    old, new = tmp_path / "venv-1", tmp_path / "venv-2"
+    for environment in (old, new):
+        environment.mkdir()
+        (environment / "ready").write_text("ort")
+    with there(environment=old):
+        installing.point(str(tmp_path), str(new))
+        assert (tmp_path / "venv").resolve() == new
+        assert (old / "ready").exists()
+    installing.point(str(tmp_path), str(new))
+    assert sorted(os.listdir(tmp_path)) == ["venv", "venv-2"]
 
 
 def test_who_falls_silent_is_taken_for_gone_and_the_profile_ends(shared_bundle, place):
