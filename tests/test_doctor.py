@@ -253,15 +253,28 @@ def test_a_machine_on_which_every_probe_fails_still_has_its_table(look, tmp_path
     assert found.exit_code is ExitCode.OK
 
 
-def test_a_probe_that_fails_midway_keeps_what_it_found_before(look, backends):
+def test_a_probe_that_fails_midway_keeps_what_it_found_before(look):
+    here = Toy(rises={"busy_s": 0.25})
+    here.counters["swapped_pages"] = "many"  # type: ignore[assignment]
+    found = look(here)
+    assert [(row.name, row.status) for row in found.rows if row.area == "load"] == [
+        ("average", "ok"),
+        ("others", "remark"),
+        ("others", "remark"),
+    ]
+
+
+def test_a_backend_whose_version_cannot_be_told_hides_no_other(look, backends):
     second = Runtime()
     second.software = lambda: 1 / 0
-    backends(first=Runtime(), second=second)
+    backends(first=Runtime(), second=second, third=Runtime())
     found = look()
     assert [(row.name, row.status) for row in found.rows if row.area == "backends"] == [
         ("first", "ok"),
-        ("backends", "remark"),
+        ("second", "remark"),
+        ("third", "ok"),
     ]
+    assert "division by zero" in row(found, "backends", "second").found
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
 
-from hydradeploy.backends import REMEDIES
+from hydradeploy.backends import REMEDIES, Backend
 from hydradeploy.devices import DEVICE_MODULES
 from hydradeploy.doctor.patient import Absent, Patient, Row, Status, said
 from hydradeploy.units import show_bytes
@@ -25,8 +25,15 @@ def backends(patient: Patient) -> Iterator[Row]:
             helps = found.processor != "cuda" or patient.has_nvidia
             yield Row("backends", name, absent, found.why, REMEDIES.get(name) if helps else None)
         else:
-            versions = ", ".join(f"{what} {number}" for what, number in found.software().items())
-            yield Row("backends", name, "ok", f"{versions}, on {found.processor}")
+            yield _usable(name, found)
+
+
+def _usable(name: str, found: Backend) -> Row:
+    try:
+        versions = ", ".join(f"{what} {number}" for what, number in found.software().items())
+    except Exception as error:  # a runtime that is half installed may raise anything
+        return Row("backends", name, "remark", f"its version cannot be told: {said(error)}", REMEDIES.get(name))
+    return Row("backends", name, "ok", f"{versions}, on {found.processor}")
 
 
 def kinds(patient: Patient) -> Iterator[Row]:
