@@ -57,8 +57,14 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 def _decoded(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with _FILTERS.set(), Image.open(source) as file:
-            # By way of RGBA, a palette's transparent colours keep their colour; Pillow warns of the direct way.
-            return file.convert("RGBA") if "transparency" in file.info else file.copy()
+            # A PGM of 16 bits, which Pillow scales to all of them and opens with 32.
+            if file.mode == "I" and file.format == "PPM":
+                return file.convert("I;16")
+            # By way of RGBA, a palette's transparent colours keep their colour; Pillow warns of the direct way. With 16
+            # bits, all above 255 would be white.
+            if "transparency" in file.info and not file.mode.startswith("I;16"):
+                return file.convert("RGBA")
+            return file.copy()
     except FileNotFoundError as error:
         raise InputError(f"{name}: no such image") from error
     except UnidentifiedImageError as error:
@@ -138,8 +144,7 @@ def in_channels(image: Image.Image, channels: int, name: str) -> Image.Image:
 
 def _in_bytes(image: Image.Image, name: str) -> Image.Image:
     """16 bits a pixel scaled to 8, which Pillow would cut off; raises InputError where pixels have no known range."""
-    # Older releases open 16-bit PNGs as 32-bit images.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16"):
         return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise InputError(f"{name}: has pixels of 32 bits, whose range is not known", hint="save it with 8 or 16 bits")

@@ -115,6 +115,23 @@ def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path):
     assert np.array_equal(found[..., 0], grey)
 
 
+@pytest.mark.parametrize("kind", ["png", "png with a transparent grey", "pgm", "pgm of 12 bits"])
+def test_sixteen_bits_are_scaled_in_every_file_that_has_them(tmp_path, kind):
+    grey = np.asarray(picture(32, 32, "L")).astype(np.uint16)
+    if kind.startswith("png"):
+        deep = stored(tmp_path / "i", Image.fromarray(grey * 257), format="PNG").read_bytes()
+        transparent = b"tRNS" + (0).to_bytes(2, "big")
+        chunk = (2).to_bytes(4, "big") + transparent + zlib.crc32(transparent).to_bytes(4, "big")
+        place = deep.index(b"IDAT") - 4
+        data = deep[:place] + chunk * ("transparent" in kind) + deep[place:]
+    else:
+        most, pixels = (4095, grey * 16) if "12" in kind else (65535, grey * 257)
+        data = b"P5 32 32 %d\n" % most + pixels.astype(">u2").tobytes()
+    (tmp_path / "i").write_bytes(data)
+    found = load_image(tmp_path / "i", spec(geometry(channels=1), crop_pct=1.0))
+    assert np.abs(found[..., 0].astype(int) - grey).max() <= (1 if "12" in kind else 0)
+
+
 def test_pixels_of_unknown_range_are_refused_by_name(tmp_path):
     image = Image.fromarray(np.zeros((32, 32), np.float32))
     with pytest.raises(InputError, match=r"i\.tiff: has pixels of 32 bits"):
