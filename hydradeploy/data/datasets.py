@@ -38,6 +38,8 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SOLUTION = "LOC_val_solution.csv"
 """Kaggle's table of ImageNet's validation labels, columns ImageId and PredictionString."""
 
+_LABELS = ("labels", *(f"{split}_labels" for split in SPLITS))
+
 # Of 1,797 digits; the test part is a fifth, large enough to tell 96 % from 93 %.
 _DIGITS_SPLITS: Mapping[Split, tuple[int, int]] = {"train": (0, 1257), "val": (1257, 1437), "test": (1437, 1797)}
 
@@ -72,7 +74,8 @@ class Dataset:
         return prepare(self.read(index), spec, self.where(index))
 
     def labels_for(self, spec: Spec) -> NDArray[np.int64]:
-        """The labels as the supernet numbers its classes: by name where both have the same names, else by position.
+        """The labels as the supernet numbers its classes: by name where both have the same names, each once, else by
+        position.
 
         Raises InputError where the number of classes differs.
         """
@@ -82,7 +85,8 @@ class Dataset:
                 hint="evaluate on the classes it was trained for",
             )
         names = spec.class_names
-        if names is None or set(names) != set(self.class_names):
+        # ImageNet's classes in words have two cranes and two maillots.
+        if names is None or set(names) != set(self.class_names) or len(set(names)) < len(names):
             return self.labels
         places = np.array([names.index(name) for name in self.class_names])
         return np.asarray(places[self.labels])
@@ -131,10 +135,12 @@ def image_files(folder: Path) -> list[Path]:
 def _image_names(folder: str | Path) -> Iterator[str]:
     """As paths are sorted: by the names of folders and files on the way, each by itself.
 
-    What an entry is tells the directory itself, so that no file is asked for; links to folders are not followed.
+    What an entry is tells the directory itself, so that no file is asked for; links to folders are not followed. Hidden
+    ones are what macOS packs beside each file, and copies that notebooks and viewers keep.
     """
     with environment(f"listing {folder}"), os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
+        shown = (entry for entry in entries if not entry.name.startswith("."))
+        found = sorted(shown, key=lambda entry: entry.name)
     for entry in found:
         if entry.is_dir(follow_symlinks=False):
             yield from _image_names(entry.path)
@@ -214,7 +220,7 @@ def _flat(path: Path, root: Path, split: Split) -> Dataset:
 def _solution(table: Path) -> dict[str, str]:
     """The class of each image by the name of its file without the suffix."""
     try:
-        with table.open(newline="", encoding="utf-8") as file:
+        with table.open(newline="", encoding="utf-8-sig") as file:
             # After the class come the corners of boxes and, for several, more of the same class.
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, AttributeError, IndexError) as error:
@@ -270,7 +276,12 @@ def _npz(path: Path, split: Split) -> Dataset:
     if not prefix and split != "test":
         raise InputError(f"{path}: holds no array `{split}_images`", hint=f"it has {', '.join(arrays) or 'nothing'}")
     images, labels = (_array(path, arrays, prefix + name) for name in ("images", "labels"))
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+    if (
+        images.dtype != np.uint8
+        or images.ndim not in (3, 4)
+        or (images.ndim == 4 and images.shape[3] not in (1, 3))
+        or 0 in images.shape[1:]
+    ):
         raise InputError(
             f"{path}: `{prefix}images` is {images.dtype} {images.shape}, expected uint8 (n, h, w[, 1 or 3])"
         )
@@ -279,8 +290,7 @@ def _npz(path: Path, split: Split) -> Dataset:
             f"{path}: `{prefix}labels` is {labels.dtype} {labels.shape}, "
             f"expected integers ({len(images)},), at least one"
         )
-    names = arrays.get("class_names")
-    class_names = tuple(map(str, range(int(labels.max()) + 1) if names is None else names))
+    class_names = _class_names(path, arrays)
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise InputError(
             f"{path}: `{prefix}labels` must be 0 to {len(class_names) - 1}, found {labels.min()} to {labels.max()}"
@@ -294,6 +304,23 @@ def _npz(path: Path, split: Split) -> Dataset:
         lambda i: Image.fromarray(squeezed[i]),
         identity=lambda: sha256_bytes(np.ascontiguousarray(squeezed).data).encode(),
     )
+
+
+def _class_names(path: Path, arrays: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
+    """Those given, else numbers, as many as any of the splits has: a small one may lack the last classes."""
+    names = arrays.get("class_names")
+    if names is None:
+        labels = [
+            array for name, array in arrays.items() if name in _LABELS and array.dtype.kind in "iu" and array.size
+        ]
+        most = max(int(array.max()) for array in labels)
+        return tuple(map(str, range(min(most, shards.MOST_CLASSES - 1) + 1)))
+    try:
+        if names.ndim != 1:
+            raise ValueError(f"its shape is {names.shape}, expected (n,)")
+        return tuple(map(str, names.astype(str)))
+    except ValueError as error:  # bytes that are no text too
+        raise InputError(f"{path}: `class_names` are no names ({error})") from error
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 CLASS_FILES = ("classes.txt", "synset_words.txt")
 """Beside shards or one folder up: one class a line, in the order of the labels; of the second the first word counts."""
 
+MOST_CLASSES = 1_000_000
+"""A damaged label should not make billions of names."""
+
 _NAMED = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)([-_.]?\d+(?:-of-\d+)?)?\.tar")
 _WORDS = re.compile(r"[a-z]+")
 _SPLITS: Mapping[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -41,7 +44,6 @@ _COMPRESSED = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tgz")
 _IMAGES = frozenset(suffix[1:].encode() for suffix in SUFFIXES)
 _FORMAT = "1"  # of the cached index
 _MOST_SMALL_BYTES = 1 << 20  # of a label, a name
-_MOST_CLASSES = 1_000_000  # a damaged label should not make billions of names
 _MOST_OPEN = 128  # a process may have 1,024 files open, and ImageNet has as many shards
 _BLOCK = 512  # of a tar file
 _END = bytes(_BLOCK)
@@ -90,10 +92,12 @@ def _tar_files(folder: Path) -> tuple[tuple[Path, ...], bool]:
     alone = True
     with environment(f"listing {folder}"), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.endswith((".tar", *_COMPRESSED)):
-                names.append(entry.name)
-            elif not entry.name.startswith(".") and entry.is_dir():
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
                 alone = False
+            elif entry.name.endswith((".tar", *_COMPRESSED)):
+                names.append(entry.name)
     names.sort()
     if names and alone and not any(name.endswith(".tar") for name in names):
         raise InputError(
@@ -185,7 +189,8 @@ def class_names(folder: Path) -> tuple[str, ...] | None:
 
 def _names(path: Path) -> tuple[str, ...]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        # Some editors put a byte order mark in front.
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     names = [line.split()[0] if path.name == "synset_words.txt" else line for line in lines if line]
@@ -419,7 +424,7 @@ def _label(path: Path, sample: _Sample, descriptor: int) -> int:
             label = parse(text)
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             raise InputError(f"{path}: {sample}.{suffix.decode()}: holds no label ({error})") from error
-        if not 0 <= label < _MOST_CLASSES:
+        if not 0 <= label < MOST_CLASSES:
             raise InputError(f"{path}: {sample}.{suffix.decode()}: the label {label} is none, they count from 0")
         return label
     raise InputError(f"{path}: {sample}: has no label", hint="a member .cls or .json of the image's name")

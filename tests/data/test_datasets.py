@@ -6,6 +6,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -64,7 +65,9 @@ def test_a_folder_gives_its_files_in_order_as_load_image_reads_them(tmp_path):
     for i, name in enumerate(["b/2.png", "a/1.jpg", "a/deep/0.png", "b/1.webp"]):
         picture(tmp_path / name, i)
     (tmp_path / "a" / "notes.txt").write_text("not an image")
-    (tmp_path / ".cache").mkdir()
+    for hidden in (".cache/0.png", "a/._1.jpg", "b/.ipynb_checkpoints/2-checkpoint.png"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).touch()
     found = open_dataset(str(tmp_path), "test")
     assert found.class_names == ("a", "b")
     assert list(found.labels) == [0, 0, 1, 1]
@@ -90,7 +93,11 @@ def test_a_folder_without_splits_is_no_training_set(tmp_path, split):
 
 
 @given(
-    st.lists(st.lists(st.sampled_from(["a", "a-b", "a.png", "B.JPEG", "b.png", ".c", "z.txt", "ä.Jpg"]), max_size=4))
+    st.lists(
+        st.lists(
+            st.sampled_from(["a", "a-b", "a.png", "B.JPEG", "b.png", ".c", "._a.png", "z.txt", "ä.Jpg"]), max_size=4
+        )
+    )
 )
 def test_images_come_in_the_order_of_their_paths(paths):
     with tempfile.TemporaryDirectory() as place:
@@ -99,8 +106,9 @@ def test_images_come_in_the_order_of_their_paths(paths):
             with suppress(OSError):  # a folder of that name is there, or a file where a folder would be
                 root.joinpath(*path[:-1]).mkdir(parents=True, exist_ok=True)
                 root.joinpath(*path).touch()
-        expected = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        assert image_files(root) == expected
+        found = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        hidden = [path for path in found if any(part.startswith(".") for part in path.relative_to(root).parts)]
+        assert image_files(root) == [path for path in found if path not in hidden]
 
 
 def test_links_to_images_are_images_and_links_to_folders_are_not_followed(tmp_path):
@@ -188,10 +196,34 @@ def test_an_npz_file_with_splits_and_names(tmp_path):
     assert open_dataset(path, "val").class_names == ("cat", "dog")
 
 
+def test_numbers_are_classes_up_to_the_largest_label_of_any_split(tmp_path):
+    """As of shards: a small split may lack the last classes."""
+    arrays = {f"{split}_images": np.zeros((3, 8, 8), np.uint8) for split in SPLITS}
+    labels = {"train_labels": [0, 1, 2], "val_labels": [0, 1, 1], "test_labels": [3, 0, 0]}
+    path = archive(tmp_path / "d.npz", **arrays, **labels)
+    assert [open_dataset(path, split).class_names for split in SPLITS] == [("0", "1", "2", "3")] * 3
+
+
+def test_names_of_classes_may_be_bytes(tmp_path):
+    images, labels = np.zeros((2, 8, 8), np.uint8), np.arange(2)
+    path = archive(tmp_path / "d.npz", images=images, labels=labels, class_names=np.array([b"cat", b"dog"]))
+    assert open_dataset(path, "test").class_names == ("cat", "dog")
+
+
 @pytest.mark.parametrize(
     ("arrays", "named"),
     [
         ({"labels": np.arange(3)}, "no array `images`"),
+        ({"images": np.zeros((3, 0, 8), np.uint8), "labels": np.arange(3)}, r"\(3, 0, 8\)"),
+        ({"images": np.zeros((3, 8, 8), np.uint8), "labels": np.array([0, 1, 10**12])}, "found 0 to 1000000000000"),
+        (
+            {"images": np.zeros((3, 8, 8), np.uint8), "labels": np.arange(3), "class_names": np.array([["a"]] * 3)},
+            r"`class_names` are no names \(its shape is \(3, 1\), expected \(n,\)\)",
+        ),
+        (
+            {"images": np.zeros((2, 8, 8), np.uint8), "labels": np.arange(2), "class_names": np.array([b"a", b"\xff"])},
+            "`class_names` are no names",
+        ),
         ({"images": np.zeros((3, 8, 8), np.uint8)}, "no array `labels`"),
         ({"images": np.zeros((3, 8, 8)), "labels": np.arange(3)}, "float64"),
         ({"images": np.zeros((3, 8, 8, 4), np.uint8), "labels": np.arange(3)}, r"\(3, 8, 8, 4\)"),
@@ -235,8 +267,6 @@ def test_every_data_set_that_is_built_in_opens_and_gives_samples():
 
 
 def test_labels_go_by_name_where_both_sides_have_the_same_names_else_by_position(tmp_path):
-    import msgspec
-
     images, labels = np.zeros((3, 8, 8), np.uint8), np.array([0, 1, 2])
     path = archive(tmp_path / "d.npz", images=images, labels=labels, class_names=np.array(["ant", "bee", "cow"]))
     found, three = open_dataset(path, "test"), spec(geometry(classes=3))
@@ -248,3 +278,12 @@ def test_labels_go_by_name_where_both_sides_have_the_same_names_else_by_position
         assert list(found.labels_for(msgspec.structs.replace(three, class_names=names))) == expected
     with pytest.raises(InputError, match="3 classes, the supernet 10"):
         found.labels_for(spec())
+
+
+def test_labels_go_by_position_where_a_name_stands_twice(tmp_path):
+    """As crane and maillot do among ImageNet's classes in words."""
+    names = ("crane", "maillot", "crane")
+    images, labels = np.zeros((3, 8, 8), np.uint8), np.array([0, 1, 2])
+    path = archive(tmp_path / "d.npz", images=images, labels=labels, class_names=np.array(names))
+    three = spec(geometry(classes=3))
+    assert list(open_dataset(path, "test").labels_for(msgspec.structs.replace(three, class_names=names))) == [0, 1, 2]

@@ -158,6 +158,21 @@ def test_the_usual_layouts_of_imagenet_are_found_in_the_order_of_their_names(tmp
     assert shown(found["val"]) == shown(found["test"]), "ImageNet's labelled test images are val"
 
 
+def test_hidden_files_are_no_shards(tmp_path):
+    """macOS packs one beside each file, and rsync writes to one."""
+    for split in ("train", "val"):
+        shard(tmp_path / f"{split}-0000.tar", *sample("a", 0))
+        (tmp_path / f"._{split}-0000.tar").write_bytes(b"\0\5\x16\7")
+        (tmp_path / f".{split}-0001.tar").write_bytes(b"")
+    assert [len(open_dataset(str(tmp_path), split)) for split in ("train", "val", "test")] == [1, 1, 1]
+
+
+def test_a_folder_is_no_shard_whatever_its_name(tmp_path):
+    shard(tmp_path / "train-0000.tar", *sample("a", 0))
+    (tmp_path / "train-0001.tar").mkdir()
+    assert len(open_dataset(str(tmp_path), "train")) == 1
+
+
 def test_shards_named_after_no_split_are_the_test_split(tmp_path):
     folder = shard(tmp_path / "set" / "0.tar", *sample("a", 0)).parent
     assert len(open_dataset(str(folder), "test")) == 1
@@ -214,6 +229,7 @@ def test_every_kind_of_image_that_folders_hold_is_read_from_shards(tmp_path, suf
     ("file", "text"),
     [
         ("classes.txt", "cat\ndog\n\n"),
+        ("classes.txt", "\ufeffcat\ndog\n"),
         ("synset_words.txt", "cat a small animal\ndog a larger, louder one\n"),
     ],
 )
