@@ -33,6 +33,8 @@ from hydradeploy.supernet.store import HEADER, read_safetensors, save
 # The official training script stores the averaged weights under the first name, and those are to be deployed;
 # DeiT's own files use "model".
 _CONTAINERS = ("state_dict_ema", "state_dict", "model")
+# What DistributedDataParallel and torch.compile put before each name, in either order.
+_WRAPPERS = ("module.", "_orig_mod.", "module.")
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,9 @@ def _state(path: Path, state: object) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise InputError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor")
-        tensors[name.removeprefix("module.")] = value
+        for wrapper in _WRAPPERS:
+            name = name.removeprefix(wrapper)
+        tensors[name] = value
     return tensors
 
 

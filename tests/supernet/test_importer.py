@@ -100,8 +100,9 @@ def test_without_averaged_weights_the_others_are_taken_less_their_module_prefix(
     assert same(loaded, seed=1)
 
 
-def test_averaged_weights_may_have_the_module_prefix_too(tmp_path):
-    _, loaded = imported(tmp_path, official(state_dict_ema=state(seed=3, prefix="module.")))
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_averaged_weights_may_have_the_prefixes_of_processes_and_of_torch_compile(tmp_path, prefix):
+    _, loaded = imported(tmp_path, official(state_dict_ema=state(seed=3, prefix=prefix)))
     assert same(loaded, seed=3)
 
 
