@@ -105,7 +105,9 @@ def resolved(preset: Preset, where: str, *layers: Mapping[str, Any]) -> tuple[Pr
             msgspec.convert(_with_none(all_["running"], Running), Running, strict=True),
         )
     except (msgspec.ValidationError, TypeError) as error:
-        raise UsageError(f"{where}: {error}", hint="hydradeploy train --show-config prints every option") from error
+        leave_out = f'"{_NONE}" leaves it out; ' if "| null" in str(error) else ""
+        hint = f"{leave_out}hydradeploy train --show-config prints every option"
+        raise UsageError(f"{where}: {error}", hint=hint) from error
 
 
 def shown(name: str, preset: Preset, running: Running, files: Mapping[str, Path | None]) -> str:

@@ -41,8 +41,11 @@ class Drawing:
         return (*anchors, *map(int, drawn))
 
     def follow(self, sums: Tensor, counts: Tensor) -> None:
-        """Take in the losses of a step: per trained head count their sum and number over all processes."""
-        seen = counts > 0
+        """Take in the losses of a step: per trained head count their sum and number over all processes.
+
+        One that is not finite is passed over: it is about to end the run, and nothing can be drawn by it until then.
+        """
+        seen = (counts > 0) & sums.isfinite()
         now = sums[seen] / counts[seen]
         before = self.losses[seen]
         self.losses[seen] = torch.where(before.isnan(), now, _SLOWNESS * before + (1 - _SLOWNESS) * now)

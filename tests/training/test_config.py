@@ -107,6 +107,7 @@ def test_later_layers_win_down_to_the_field_and_heads_follow_the_trained_ones():
     [
         ("[recipe]\nepoch = 3\n", "unknown field `epoch` - at `$.recipe`"),
         ("[recipe.augment]\nmixup = 'much'\n", "at `$.recipe.augment.mixup`"),
+        ("[recipe.augment]\nrandaugment = false\n", 'hint: "none" leaves it out; hydradeploy train --show-config'),
         ("[geometry]\npatch_size = 5\n", "image_size 16 is not a multiple of patch_size 5"),
         ("[recipe.method]\nanchors = 'both'\n", "at `$.recipe.method.anchors`"),
         ("[running]\nworkers = -1\n", "workers must be at least 0"),

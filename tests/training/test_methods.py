@@ -89,6 +89,12 @@ def test_running_losses_follow_slowly():
     assert drawing.losses.tolist() == pytest.approx([0.98 * 2 + 0.02 * 3, 5.0])
 
 
+def test_losses_that_are_not_finite_draw_nothing_until_they_end_the_run():
+    drawing = Drawing(Method(loss_aware=2.0), (1, 2, 3), seed=0)
+    drawing.follow(torch.tensor([torch.inf, torch.inf, torch.nan]), torch.ones(3))
+    assert drawing.of(0, 0)[0] in (1, 2, 3)
+
+
 def batches(count: int = 1, seed: int = 0) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     return [
