@@ -10,10 +10,10 @@ import hashlib
 import os
 import signal
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from functools import cached_property, lru_cache, partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from hydradeploy.data.augment import Augmentation, augmented, erase
 from hydradeploy.data.datasets import Dataset
 from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import InputError
+from hydradeploy.processes import die_with
 from hydradeploy.spec import Spec
 from hydradeploy.training.recipe import Recipe
 
@@ -37,13 +38,17 @@ _MOST_READERS = 8
 _GRACE_S = 30
 
 
+Bad = tuple[tuple[int, str], ...]
+"""What could not be read: index and reason."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Normalised images (n, channels, s, s), labels (n,), and what could not be read: index and reason."""
+    """Normalised images (n, channels, s, s), labels (n,), and what could not be read."""
 
     images: Tensor
     labels: Tensor
-    bad: tuple[tuple[int, str], ...] = ()
+    bad: Bad = ()
 
     def pin_memory(self) -> Batch:
         """In memory that the GPU copies from beside what the processor does; torch asks for it by this name."""
@@ -114,39 +119,60 @@ def readers() -> int:
     return max(1, min(_MOST_READERS, len(os.sched_getaffinity(0)) // here))
 
 
-def source(dataset: Dataset, spec: Spec, recipe: Recipe, workers: int) -> Source:
-    """The images of a data set: in memory where that is small and the recipe takes whole images."""
+def source(dataset: Dataset, spec: Spec, recipe: Recipe, workers: int, bad_images: int = 0) -> Source:
+    """The images of a data set: in memory where that is small and the recipe takes whole images.
+
+    In training an image that cannot be read is the next one that can; after more than `bad_images` in a row none is
+    looked for, and black stands there.
+    """
     bytes_ = len(dataset) * spec.geometry.image_size**2 * spec.geometry.channels
     if bytes_ <= _IN_MEMORY and recipe.augment == Augmentation(
         shift=recipe.augment.shift, mixup=recipe.augment.mixup, cutmix=recipe.augment.cutmix
     ):
-        return InMemory(dataset, spec, recipe)
-    return Streamed(dataset, spec, recipe, workers)
+        return InMemory(dataset, spec, recipe, bad_images)
+    return Streamed(dataset, spec, recipe, workers, bad_images)
+
+
+_Read = TypeVar("_Read")
+
+
+def _first_good(read: Callable[[int], _Read], index: int, count: int, bad_images: int) -> tuple[_Read | None, int, Bad]:
+    """What `read` gives of the first of `count` images, from `index` on and round, that can be read; which one it is;
+    and those before it. None where more than `bad_images` come first: looking on for each image of a set that is gone
+    altogether would take hours."""
+    bad: list[tuple[int, str]] = []
+    while len(bad) <= min(bad_images, count - 1):
+        place = (index + len(bad)) % count
+        try:
+            return read(place), place, tuple(bad)
+        except InputError as error:
+            bad.append((place, error.message))
+    return None, index, tuple(bad)
 
 
 class InMemory:
-    """All images in memory, as uint8 (n, s, s, channels); one that cannot be read is the next one that can."""
+    """All images in memory, as uint8 (n, s, s, channels)."""
 
-    def __init__(self, dataset: Dataset, spec: Spec, recipe: Recipe) -> None:
-        g = spec.geometry
+    def __init__(self, dataset: Dataset, spec: Spec, recipe: Recipe, bad_images: int = 0) -> None:
+        g, count = spec.geometry, len(dataset)
         self._spec, self._recipe = spec, recipe
-        self._pixels = np.zeros((len(dataset), g.image_size, g.image_size, g.channels), np.uint8)
-        self._labels, bad = dataset.labels.copy(), {}
-        for i in range(len(dataset)):
-            try:
-                self._pixels[i] = dataset.pixels(i, spec)
-            except InputError as error:
-                bad[i] = error.message
-        good = np.setdiff1d(np.arange(len(dataset)), list(bad))
-        for i in bad if len(good) else ():
-            other = good[np.searchsorted(good, i) % len(good)]
-            self._pixels[i], self._labels[i] = self._pixels[other], self._labels[other]
+        self._pixels = np.zeros((count, g.image_size, g.image_size, g.channels), np.uint8)
+        self._labels = dataset.labels.copy()
+        bad: dict[int, str] = {}
+        for i in range(count):
+            pixels, found, before = _first_good(lambda place: dataset.pixels(place, spec), i, count, bad_images)
+            bad |= before
+            if pixels is None:
+                break
+            self._pixels[i], self._labels[i] = pixels, dataset.labels[found]
         self._bad = tuple(bad.items())
 
     @cached_property
     def sha256(self) -> str:
         """See Source."""
-        return hashlib.sha256(self._pixels.tobytes() + self._labels.astype("<i8").tobytes()).hexdigest()
+        digest = hashlib.sha256(self._pixels.data)
+        digest.update(self._labels.astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -179,8 +205,9 @@ class InMemory:
 class Streamed:
     """Images read and varied by worker processes as they are needed."""
 
-    def __init__(self, dataset: Dataset, spec: Spec, recipe: Recipe, workers: int) -> None:
+    def __init__(self, dataset: Dataset, spec: Spec, recipe: Recipe, workers: int, bad_images: int = 0) -> None:
         self._dataset, self._spec, self._recipe, self._workers = dataset, spec, recipe, workers
+        self._bad_images = bad_images
 
     @cached_property
     def sha256(self) -> str:
@@ -204,7 +231,7 @@ class Streamed:
             yield batch
 
     def _read(self, keys: _Keys | list[list[_Key]], recipe: Recipe | None) -> Batches:
-        reading = _Reading(self._dataset, self._spec, recipe)
+        reading = _Reading(self._dataset, self._spec, recipe, self._bad_images)
         # More workers than cores are what was asked for, and no reason for a warning of torch's.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -213,7 +240,7 @@ class Streamed:
                 batch_sampler=keys,
                 num_workers=self._workers,
                 collate_fn=_collated,
-                worker_init_fn=_quiet,
+                worker_init_fn=partial(_quiet, os.getpid()),
                 pin_memory=torch.cuda.is_available(),
                 # A reader is a closure, which only a forked process has.
                 multiprocessing_context="fork" if self._workers else None,
@@ -223,7 +250,7 @@ class Streamed:
 
 
 _Key = tuple[int, int]  # epoch and image
-_Item = tuple[NDArray[np.float32], int, tuple[tuple[int, str], ...]]
+_Item = tuple[NDArray[np.float32], int, Bad]
 
 
 @dataclass(frozen=True)
@@ -243,24 +270,20 @@ class _Keys:
 
 
 class _Reading(TorchDataset[_Item]):
-    """What a worker does for a key: an image that cannot be read is named, and the next one that can replaces it."""
+    """What a worker does for a key; without a recipe, nothing is put in the place of an image that cannot be read."""
 
-    def __init__(self, dataset: Dataset, spec: Spec, recipe: Recipe | None) -> None:
+    def __init__(self, dataset: Dataset, spec: Spec, recipe: Recipe | None, bad_images: int) -> None:
         self._dataset, self._spec, self._recipe = dataset, spec, recipe
+        self._bad_images = 0 if recipe is None else bad_images
 
     def __getitem__(self, key: _Key) -> _Item:
+        """An error that crosses to another process loses its words, so it travels as a value."""
         epoch, index = key
-        bad: list[tuple[int, str]] = []
-        while True:
-            try:
-                return self._image(epoch, index), int(self._dataset.labels[index]), tuple(bad)
-            # An error that crosses to another process loses its words, so it travels as a value.
-            except InputError as error:
-                bad.append((index, error.message))
-                if self._recipe is None or len(bad) == len(self._dataset):
-                    g = self._spec.geometry
-                    return np.zeros((g.channels, g.image_size, g.image_size), np.float32), 0, tuple(bad)
-                index = (index + 1) % len(self._dataset)
+        image, found, bad = _first_good(partial(self._image, epoch), index, len(self._dataset), self._bad_images)
+        if image is None:
+            g = self._spec.geometry
+            image = np.zeros((g.channels, g.image_size, g.image_size), np.float32)
+        return image, int(self._dataset.labels[found]), bad
 
     def _image(self, epoch: int, index: int) -> NDArray[np.float32]:
         if self._recipe is None:
@@ -281,11 +304,13 @@ def _collated(items: list[_Item]) -> Batch:
     )
 
 
-def _quiet(worker: int) -> None:
+def _quiet(parent: int, worker: int) -> None:
     """Signals that end a run often go to all its processes; its own answer to them ends the workers.
 
-    Where it has none, because it is at its end already, SIGTERM is torch's way to be rid of them.
+    Where it has none, because it is at its end already, SIGTERM is torch's way to be rid of them. They do not outlive a
+    run that is killed, whose lock they have too.
     """
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_S))

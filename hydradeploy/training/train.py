@@ -79,13 +79,15 @@ def train(
     with _enough(), ranks(running.device) as us, arithmetic(preset.recipe, running, len(preset.geometry.trained_heads)):
         small = None if init_from is None else store.load(init_from)
         run = _prepared(data, preset, running, us, teacher, init_from, build)
-        if resume:
-            run.restore(out, say)
-        elif small is not None:
-            store.place(run.loop.model, small.tensors, small.spec.geometry)
-            run.loop.reset_average()
         started = time.perf_counter()
         with _alone(out) if us.first else nullcontext():
+            if resume:
+                run.restore(out, say)
+            elif us.first:  # another run may have ended while this one read its images
+                _check_free(out, force)
+            if small is not None and not resume:
+                store.place(run.loop.model, small.tensors, small.spec.geometry)
+                run.loop.reset_average()
             run.go(out, report, say)
             if us.first:
                 store.save(out, run.spec, run.loop.average.state_dict())
@@ -158,7 +160,8 @@ def _prepared(
             hint="choose a --batch-size that is a multiple of both",
         )
     workers = readers() if running.workers is None else running.workers
-    images, held_out = source(dataset, spec, recipe, workers), source(validation, spec, recipe, workers)
+    images = source(dataset, spec, recipe, workers, running.bad_images)
+    held_out = source(validation, spec, recipe, workers)
     teaching = None if teacher is None else _teacher(teacher, spec)
     progress = states.Progress(
         spec=spec,
@@ -321,7 +324,8 @@ class _Run:
             self._check_bad()
 
     def _check_bad(self) -> None:
-        if len(self._bad) > self._running.bad_images:
+        # There must be one to take the place of the others, however many are allowed.
+        if len(self._bad) > min(self._running.bad_images, len(self._images) - 1):
             some = "; ".join(list(self._bad.values())[-_NAMED_BAD:])
             raise InputError(
                 f"{some} ({len(self._bad)} images that cannot be read, {self._running.bad_images} allowed)",
@@ -389,14 +393,25 @@ class _Watch:
 
 
 def right_of(model: Supernet, images: Source, head_counts: list[int], us: Ranks) -> dict[int, int]:
-    """How many of all images each subnet is right about; the processes share the work."""
+    """How many of all images each subnet is right about; the processes share the work.
+
+    Raises InputError, in all of them, where one meets an image that cannot be read.
+    """
     right = torch.zeros(len(head_counts), dtype=torch.float64)
-    for batch in images.plainly(range(us.rank, len(images), us.world)):
-        labels = batch.labels.to(us.device)
-        with torch.inference_mode():
-            for i, heads in enumerate(head_counts):
-                said: Tensor = model(batch.images.to(us.device), heads).argmax(1)
-                right[i] += float((said == labels).sum())
+    refused: InputError | None = None
+    try:
+        for batch in images.plainly(range(us.rank, len(images), us.world)):
+            seen, labels = batch.images.to(us.device), batch.labels.to(us.device)
+            with torch.inference_mode():
+                for i, heads in enumerate(head_counts):
+                    said: Tensor = model(seen, heads).argmax(1)
+                    right[i] += float((said == labels).sum())
+    except InputError as error:
+        refused = error
+    # Of several processes none ends alone: the others could only say that it has ended.
+    for reason in us.gathered(None if refused is None else refused.message):
+        if reason is not None:
+            raise InputError(reason) from refused
     counts = us.mean(right) * us.world
     return {heads: round(float(count)) for heads, count in zip(head_counts, counts, strict=True)}
 

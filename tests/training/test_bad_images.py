@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -72,3 +73,14 @@ def test_going_on_with_fewer_allowed_than_were_counted_is_refused_at_once(broken
     with pytest.raises(InputError, match=r"\(2 images that cannot be read, 1 allowed\)"):
         train(str(broken), tmp_path / "s", preset, running=Running(bad_images=1), resume=True)
     train(str(broken), tmp_path / "s", preset, running=Running(bad_images=2), resume=True)
+
+
+@pytest.mark.parametrize("config", ["", STREAMED], ids=["in memory", "streamed"])
+def test_a_held_out_image_ends_both_with_its_name(broken, tmp_path, config):
+    """The one that meets it and the one that does not."""
+    root = tmp_path / "broken"
+    shutil.copytree(broken, root)
+    (root / "val" / "n1" / "27.png").write_bytes(b"nothing")
+    ended = Together(2, *options(root, tmp_path, config, 2)).end()
+    assert [code for code, _, _ in ended] == [11, 11], ended
+    assert all("val/n1/27.png: not an image" in err for _, _, err in ended), ended

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -179,13 +180,38 @@ def test_an_image_in_memory_that_cannot_be_read_is_the_next_one_with_its_label(b
     recipe = msgspec.structs.replace(SMALL.recipe, augment=Augmentation())
     spec = preset().spec(("n01", "n02", "n03"))
     damaged, sound = (
-        next(source(open_dataset(str(place), "train"), spec, recipe, 0).steps(Order(24, 24, 0), 0, 1, Share()))
+        next(source(open_dataset(str(place), "train"), spec, recipe, 0, 2).steps(Order(24, 24, 0), 0, 1, Share()))
         for place in (broken, folder)
     )
     order = Order(24, 24, 0).of(0)[1].tolist()
     for bad, other in ((3, 4), (16, 17)):
         assert torch.equal(damaged.images[order.index(bad)], sound.images[order.index(other)])
         assert damaged.labels[order.index(bad)] == sound.labels[order.index(other)]
+
+
+@pytest.mark.parametrize("augment", [HYDRAVIT_IMAGENET.recipe.augment, SMALL.recipe.augment], ids=["read", "kept"])
+def test_of_a_set_that_is_gone_no_more_images_are_tried_than_may_be_bad(folder, tmp_path, augment):
+    """Its disk was unmounted, say: a million tries for every image of a batch would take hours."""
+    tried: list[int] = []
+
+    def gone(index: int) -> Image.Image:
+        tried.append(index)
+        raise InputError(f"{index}: no such image")
+
+    dataset = replace(open_dataset(str(folder), "train"), read=gone)
+    images = source(dataset, preset().spec(dataset.class_names), preset(augment=augment).recipe, 0, bad_images=2)
+    (batch,) = images.steps(Order(24, 8, 0), 0, 1, Share())
+    assert len(tried) <= 8 * 3
+    assert len({index for index, _ in batch.bad}) > 2
+
+
+def test_one_image_must_be_readable_however_many_may_not_be(folder, tmp_path):
+    root = tmp_path / "broken"
+    shutil.copytree(folder, root)
+    for path in (root / "train").rglob("*.JPEG"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"\(24 images that cannot be read, 1000 allowed\)"):
+        train(str(root), tmp_path / "s", preset(), running=Running(workers=0, bad_images=1000))
 
 
 def test_a_run_does_not_go_on_with_other_images_of_the_same_labels(folder, tmp_path):

@@ -15,6 +15,7 @@ from hydradeploy import evaluate, export, train
 from hydradeploy.data.augment import Augmentation
 from hydradeploy.errors import EnvironmentFailed, InputError, IntegrityError, UsageError
 from hydradeploy.spec import Geometry
+from hydradeploy.supernet.model import Supernet
 from hydradeploy.supernet.store import load
 from hydradeploy.training import metrics
 from hydradeploy.training import state as states
@@ -253,6 +254,16 @@ def test_what_a_killed_run_left_is_not_overwritten_unless_asked(blobs, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == left
     train(blobs, tmp_path / "s", preset(), force=True)
     assert not (tmp_path / "s.training").exists()
+
+
+def test_what_another_run_wrote_while_this_one_read_its_images_is_not_overwritten(blobs, tmp_path):
+    def build(shape: Geometry) -> Supernet:
+        (tmp_path / "s").write_bytes(b"precious")
+        return Supernet(shape)
+
+    with pytest.raises(UsageError, match="s exists"):
+        train(blobs, tmp_path / "s", preset(), build=build)
+    assert (tmp_path / "s").read_bytes() == b"precious"
 
 
 def test_two_processes_do_not_train_one_supernet(blobs, tmp_path):
