@@ -88,7 +88,7 @@ def ranks(device: str | None = None) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, place)
         return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    _join("nccl" if kind == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), world, place)
     except RuntimeError as error:
@@ -99,3 +99,14 @@ def ranks(device: str | None = None) -> Iterator[Ranks]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    try:
+        dist.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:  # the second for a variable that is not there or no number
+        said = str(error).partition("\n")[0]
+        raise EnvironmentFailed(
+            f"the processes of this run do not find each other: {said}",
+            hint="start them with torchrun; on one machine with --standalone, which looks for a free port",
+        ) from error

@@ -12,11 +12,15 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+import psutil
 import pytest
 import torch
 
+from hydradeploy.errors import EnvironmentFailed
 from hydradeploy.supernet.store import load
 from hydradeploy.training import metrics
+from hydradeploy.training.ranks import ranks
 
 SHAPE = "--image-size 8 --patch-size 4 --head-dim 8 --trained-heads 1-3 --depth 1 --batch-size 16".split()  # noqa: SIM905
 
@@ -185,3 +189,33 @@ def test_torchrun_starts_them(blobs, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "top-1 on held-out images" in ended.stdout
     assert Path(tmp_path / "s").exists()
+
+
+def test_readers_do_not_outlive_a_run_that_is_killed(tmp_path):
+    """They have its lock too: whoever starts it again at once is not to be told that it still runs."""
+    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    arrays = {f"{split}_images": images for split in ("train", "val")}
+    np.savez(tmp_path / "i.npz", **arrays, train_labels=np.arange(64) % 2, val_labels=np.arange(64) % 2)
+    (tmp_path / "c.toml").write_text("[recipe.augment]\nshift = 0.0\ncrop_scale = [0.5, 1.0]\n")
+    same = ("--data", str(tmp_path / "i.npz"), "--config", str(tmp_path / "c.toml"), *SHAPE, "--workers", "2")
+    run = Together(1, *same, "--epochs", "10000", "--out", str(tmp_path / "s"))
+    run.until("epoch 1/")
+    readers = psutil.Process(run.processes[0].pid).children()
+    assert len(readers) >= 2
+    run.kill(signal.SIGKILL)
+    _, alive = psutil.wait_procs(readers, timeout=2)
+    assert not alive
+    run.end()
+
+
+@pytest.mark.parametrize("port", [None, "taken", "x"])
+def test_processes_that_cannot_find_each_other_are_no_bug(monkeypatch, port):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("MASTER_PORT", raising=False)
+        if port is not None:
+            monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]) if port == "taken" else port)
+        with pytest.raises(EnvironmentFailed, match="do not find each other") as failed, ranks("cpu"):
+            pass
+        assert "torchrun" in str(failed.value.hint)
