@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    failed = 0
     if asked.jobs > 1 and not asked.report:
         _drawn(asked.data, asked.work)
         command = [sys.executable, *sys.argv, "--jobs", "1"]
@@ -134,6 +135,8 @@ def main() -> None:
                     if ours:
                         _run(name, seed, asked.epochs, data, asked.work, asked.results, asked.device)
     report(_read(asked.results), asked.epochs, asked.results)
+    if failed:
+        sys.exit(1)
 
 
 def preset_of(name: str, seed: int, epochs: int) -> Preset:
@@ -243,10 +246,10 @@ def _tested(name: str, file: Path, data: Path, us: Ranks) -> tuple[dict[int, int
 
 def _append(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
     with path.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # others may write the first rows too
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        if new:
+        if not os.fstat(file.fileno()).st_size:
             writer.writeheader()
         writer.writerows(rows)
 

@@ -133,3 +133,11 @@ def test_processes_share_the_runs(characters, tmp_path):
     with (tmp_path / "r.csv").open() as file:
         rows = [(row["run"], row["level"]) for row in csv.DictReader(file)]
     assert len(rows) == len(set(rows)) == 10 + 10 + 1
+
+
+@pytest.mark.slow
+def test_runs_that_fail_are_told_by_the_exit_code(characters, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "supernet.py"), "--data", characters, "--runs", "no-such-run"]
+    places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "r.csv"), "--jobs", "2"]
+    ran = subprocess.run([*command, *places], capture_output=True, text=True, check=False)
+    assert (ran.returncode, "2 of 2 processes failed" in ran.stderr) == (1, True), ran.stderr
