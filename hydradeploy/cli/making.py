@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -154,7 +153,7 @@ def train(
             report=report,
             say=report.say,
         )
-    if int(os.environ.get("RANK", "0")):
+    if not trained.first:
         return
     top1 = {f"h{count:02d}": share for count, share in trained.top1.items()}
     if as_json:

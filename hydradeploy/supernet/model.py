@@ -106,7 +106,8 @@ class Supernet(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
                 nn.init.zeros_(module.bias)
-        # Conv2d keeps PyTorch's rule, as in timm; redone here so that the generator decides it.
+        # Conv2d's weight keeps PyTorch's rule, as in timm; redone here so that the generator decides it. Its bias,
+        # which positions have in them as well, begins at zero like the others.
         nn.init.kaiming_uniform_(self.patch_embed.proj.weight, a=5**0.5, generator=generator)
         nn.init.zeros_(_bias(self.patch_embed.proj.bias))
         return self

@@ -61,10 +61,10 @@ class Recipe(Record, frozen=True, kw_only=True):
     """How a supernet is trained: AdamW, warm-up and cosine, a moving average of the weights.
 
     `batch_size` is the number of images in a step, of all processes together, and `learning_rate` the peak at it. The
-    last `cooldown_epochs` come on top of `epochs`, at `final_rate`. `ema_warmup` lets the average follow faster in the
-    first steps. `drop_path` is the largest probability to skip a branch, that of the last block, growing linearly from
-    none in the first. `arithmetic` is that of the products: fp32, tf32 (fp32 where there is none), or autocast to bf16
-    or fp16, the last with a scaled loss.
+    warm-up takes a quarter of `epochs` at most. The last `cooldown_epochs` come on top of `epochs`, at `final_rate`.
+    `ema_warmup` lets the average follow faster in the first steps. `drop_path` is the largest probability to skip a
+    branch, that of the last block, growing linearly from none in the first. `arithmetic` is that of the products: fp32,
+    tf32 (fp32 where there is none), or autocast to bf16 or fp16, the last with a scaled loss.
     """
 
     epochs: int
@@ -90,6 +90,8 @@ class Recipe(Record, frozen=True, kw_only=True):
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if min(self.warmup_epochs, self.cooldown_epochs, self.seed) < 0:
             raise ValueError("warmup_epochs, cooldown_epochs and seed must be at least 0")
+        if self.seed >= 1 << 64:  # torch takes no more
+            raise ValueError(f"seed must be below 2^64, got {self.seed}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
         for field in ("warmup_from", "final_rate", "weight_decay"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hydradeploy.data.datasets import Dataset, Split, open_dataset
-from hydradeploy.errors import EnvironmentFailed, InputError, UsageError
+from hydradeploy.errors import EnvironmentFailed, InputError, MissingError, UsageError
 from hydradeploy.files import locked, sha256_file
 from hydradeploy.spec import Geometry, Spec
 from hydradeploy.supernet import store
@@ -32,17 +33,23 @@ from hydradeploy.training.running import Running
 
 Report = Callable[[str, int, int], None]
 _TOGETHER = 10  # steps between two meetings of the processes
+# What torch says on processors, and Triton on GPUs.
+_NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")
 _NAMED_BAD = 3  # of the images that end a run, the last ones, for the others have been told
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The supernet file and top-1 on the validation images for three head counts."""
+    """The supernet file and top-1 on the validation images for three head counts.
+
+    `first` says whether this is the process of the run that writes and speaks.
+    """
 
     out: Path
     spec: Spec
     top1: Mapping[int, float]
     seconds: float
+    first: bool = True
 
 
 def train(
@@ -66,7 +73,7 @@ def train(
     `out` and its state beside it, and `resume` goes on from there exactly. Started by torchrun, the processes share
     each batch, and the first one writes. `build` makes the model, so that heirs with other subnets can be compared.
     Raises UsageError (no such data, `out` exists, another run's state),
-    InputError (images, labels or loss refused), MissingError (TensorBoard), EnvironmentFailed (disk).
+    InputError (images, labels or loss refused), MissingError (TensorBoard, a compiler), EnvironmentFailed (disk).
     """
     running = running or Running()
     if not resume:
@@ -92,12 +99,15 @@ def train(
             if us.first:
                 store.save(out, run.spec, run.loop.average.state_dict())
                 states.path_of(out).unlink(missing_ok=True)
-        return Trained(out, run.spec, run.top1(), time.perf_counter() - started)
+        return Trained(out, run.spec, run.top1(), time.perf_counter() - started, us.first)
 
 
 @contextmanager
 def _enough() -> Iterator[None]:
-    """What torch raises where memory is full has no type of its own but on GPUs; raises EnvironmentFailed for it."""
+    """What torch raises where memory is full has no type of its own but on GPUs; raises EnvironmentFailed for it.
+
+    Raises MissingError where there is no compiler for torch.compile.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -110,6 +120,10 @@ def _enough() -> Iterator[None]:
             raise EnvironmentFailed(
                 f"a process that reads images has died: {said}",
                 hint="it may lack memory, shared memory too (docker run --shm-size); --workers 0 reads without any",
+            ) from error
+        if isinstance(error, torch._dynamo.exc.BackendCompilerFailed) and _NO_COMPILER.search(said):
+            raise MissingError(
+                f"torch.compile finds no compiler: {said}", hint="install one, such as g++, or leave --compile out"
             ) from error
         raise
 

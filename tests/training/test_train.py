@@ -24,6 +24,8 @@ from hydradeploy.training.presets import DIGITS
 from hydradeploy.training.recipe import Method, Preset, Recipe
 from hydradeploy.training.running import Running
 from tests.conftest import Cli, geometry, require, write_supernet
+from tests.training.test_processes import SHAPE as SMALL_SHAPE
+from tests.training.test_processes import Together
 
 SHAPE = geometry(
     image_size=8,
@@ -208,6 +210,7 @@ def test_the_rate_warms_up_and_ends_low():
         (["--batch-size", "1000"], 11, "too few for a batch of 1000"),
         (["--lr", "0"], 2, "learning_rate must be above 0"),
         (["--lr", "nan"], 2, "learning_rate must be above 0"),
+        (["--seed", str(2**64)], 2, "seed must be below 2^64"),
         (["--patch-size", "3"], 2, "image_size 32 is not a multiple of patch_size 3"),
         (["--init-from", "none.safetensors"], 2, "no such file"),
         (["--resume"], 2, "nothing to resume"),
@@ -319,6 +322,14 @@ def test_a_full_memory_is_no_bug_of_ours(blobs, tmp_path, monkeypatch):
         assert failed.value.hint
 
 
+def test_torch_compile_without_a_compiler_is_no_bug_of_ours(blobs, tmp_path):
+    nowhere = {"PATH": str(tmp_path), "CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")}
+    options = ("--data", blobs, *SMALL_SHAPE, "--compile", "--out", str(tmp_path / "s"))
+    ((code, _, err),) = Together(1, *options, prelude=f"import os\nos.environ |= {nowhere}").end()
+    assert (code, "error: torch.compile finds no compiler: " in err) == (8, True), err
+    assert "leave --compile out" in err
+
+
 def test_splits_with_other_classes_are_refused(tmp_path, cli: Cli):
     arrays = {}
     for split, classes in (("train", 4), ("val", 3)):
@@ -340,6 +351,16 @@ def test_the_command_tells_loss_accuracy_and_time_left(blobs, tmp_path, cli: Cli
     assert "top-1 on held-out images h01 " in ran.out
     document = json.loads(cli("train", *options, "--force", "--json").out)
     assert set(document["top1"]) == {"h01", "h02", "h03"}
+
+
+def test_a_run_of_one_process_answers_whatever_another_program_left_in_the_environment(
+    blobs, tmp_path, cli: Cli, monkeypatch
+):
+    monkeypatch.setenv("RANK", "3")
+    options = ("--data", blobs, "--out", tmp_path / "s", "--image-size", 8, "--patch-size", 4, "--epochs", 1)
+    ran = cli("train", *options, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["out"] == str(tmp_path / "s")
 
 
 def test_metrics_go_to_json_lines_and_to_tensorboard(blobs, tmp_path):
