@@ -42,7 +42,7 @@ _WORDS = re.compile(r"[a-z]+")
 _SPLITS: Mapping[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _COMPRESSED = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tgz")
 _IMAGES = frozenset(suffix[1:].encode() for suffix in SUFFIXES)
-_FORMAT = "1"  # of the cached index
+_FORMAT = "2"  # of the cached index
 _MOST_SMALL_BYTES = 1 << 20  # of a label, a name
 _MOST_OPEN = 128  # a process may have 1,024 files open, and ImageNet has as many shards
 _BLOCK = 512  # of a tar file
@@ -334,6 +334,8 @@ def _samples(path: Path, descriptor: int) -> Iterator[_Sample]:
             sample = _Sample(key)
         offset, length = place
         if suffix.lower() not in _IMAGES:
+            if suffix.lower() in _LABELS and suffix.lower() in sample.others:
+                raise InputError(f"{path}: {sample}: has two labels (.{suffix.decode()})")
             sample.others[suffix.lower()] = (offset, length)
         elif sample.image is None:
             sample.image = (offset, length)
@@ -367,6 +369,19 @@ def _members(path: Path, descriptor: int) -> Iterator[tuple[bytes, int, int]]:
         if kind in _FILES:
             yield extended.get(b"path") or _name(header), data, size
         extended = {}
+    _check_end(path, descriptor, offset, end)
+
+
+def _check_end(path: Path, descriptor: int, offset: int, end: int) -> None:
+    """Raise InputError unless there are but zeros from the end of the archive to that of the file."""
+    while offset < end:
+        block = os.pread(descriptor, _BLOCK, offset)
+        if block != _END[: len(block)]:
+            raise InputError(
+                f"{path}: goes on after its end, at byte {offset}",
+                hint="cat does not make one shard of several; leave them apart, or join them with tar --concatenate",
+            )
+        offset += _BLOCK
 
 
 def _size(header: bytes) -> int:

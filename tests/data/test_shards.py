@@ -266,6 +266,7 @@ def test_a_label_beyond_the_classes_is_refused_by_shard_and_key(tmp_path):
         ([("a.jpg", b"x"), ("b.jpg", b"x"), ("b.cls", b"0")], "a: has no label"),
         ([("a.jpg", b"x"), ("a.cls", b"0"), ("b.cls", b"0")], "b: has no image"),
         ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"0")], "a: has two images"),
+        ([("a.jpg", b"x"), ("a.cls", b"0"), ("a.CLS", b"1")], r"a: has two labels \(\.CLS\)"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], r"a\.cls: holds no label"),
         ([("a.jpg", b"x"), ("a.cls", b"")], r"a\.cls: holds no label"),
         ([("a.jpg", b"x"), ("a.cls", b"-1")], r"a\.cls: the label -1"),
@@ -288,6 +289,17 @@ def test_what_is_no_tar_file_is_refused_by_its_name(tmp_path, data):
     (tmp_path / "val-0.tar").write_bytes(data)
     with pytest.raises(InputError, match=r"val-0\.tar: not a readable tar file"):
         open_dataset(str(tmp_path), "val")
+
+
+def test_a_shard_that_goes_on_after_its_end_is_refused_not_cut_off_there(tmp_path):
+    """As cat makes one of two."""
+    whole = (
+        shard(tmp_path / "one", *sample("a", 0)).read_bytes() + shard(tmp_path / "two", *sample("b", 1)).read_bytes()
+    )
+    (tmp_path / "val-0.tar").write_bytes(whole)
+    with pytest.raises(InputError, match=r"val-0\.tar: goes on after its end, at byte \d+") as refused:
+        open_dataset(str(tmp_path), "val")
+    assert "cat does not make one shard of several" in str(refused.value.hint)
 
 
 @pytest.mark.parametrize("name", ["val-0.tar.gz", "val-0.tgz", "val-0.tar.zst"])
