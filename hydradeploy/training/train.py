@@ -282,14 +282,16 @@ class _Run:
                     losses += self.loop.losses(done)
                     self._share_bad()
                     self._progress = msgspec.structs.replace(self._progress, step=done, bad=tuple(sorted(self._bad)))
-                if ends:
-                    line = self._line(losses, watch)
-                    self._tell(line, lines, watch.left(self._total - done), say)
-                    losses = []
-                    watch.restart()
+                speed, waiting = watch.images_per_second(), watch.waiting()  # before other things take their time
+                # Before the held-out images, which may be refused: that is not to cost the epoch.
                 if saves or stops:
                     self.loop.check_finite(done)
                     self._save(out)
+                if ends:
+                    line = self._line(losses, speed, waiting)
+                    self._tell(line, lines, watch.left(self._total - done), say)
+                    losses = []
+                    watch.restart()
                 if stops:
                     self._leave(out, say)
 
@@ -346,9 +348,8 @@ class _Run:
                 hint="mend or remove it, or let others take the place of so many with --bad-images",
             )
 
-    def _line(self, losses: list[float], watch: _Watch) -> metrics.Line:
+    def _line(self, losses: list[float], speed: float, waiting: float) -> metrics.Line:
         step = self._progress.step
-        speed, waiting = watch.images_per_second(), watch.waiting()  # before evaluation takes its time
         return metrics.Line(
             step=step,
             epoch=step // self._order.steps,

@@ -246,14 +246,17 @@ def test_what_was_counted_is_kept_when_a_run_goes_on(broken, tmp_path):
     assert metrics.read(tmp_path / "s")[-1].bad_images == 2
 
 
-def test_a_held_out_image_that_cannot_be_read_is_an_error(folder, tmp_path):
-    import shutil
-
+def test_a_held_out_image_that_cannot_be_read_is_an_error_that_costs_no_epoch(folder, tmp_path):
+    train(str(folder), tmp_path / "whole", preset(), running=Running(workers=1))
     root = tmp_path / "broken"
     shutil.copytree(folder, root)
     (root / "val" / "n02" / "1.JPEG").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"n02/1\.JPEG"):
         train(str(root), tmp_path / "s", preset(), running=Running(workers=1, bad_images=5))
+    shutil.copy(folder / "val" / "n02" / "1.JPEG", root / "val" / "n02" / "1.JPEG")
+    assert states.load(tmp_path / "s").progress.step == 3
+    train(str(root), tmp_path / "s", preset(), running=Running(workers=1), resume=True)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def shards(folder: Path, root: Path) -> Path:
