@@ -217,10 +217,14 @@ class AccuracyRow(Record, frozen=True, kw_only=True):
         ):
             raise ValueError(f"`right` does not say of {self.n} images that {self.correct} are")
 
+    @property
+    def measurement(self) -> tuple[str | None, ...]:
+        """Which one this is: of what, by what, on what."""
+        return self.sha256, self.backend, self.compute_type, self.instruction_set, self.dataset, self.source
+
     def replaces(self, other: AccuracyRow) -> bool:
         """Whether both are the same measurement, taken again."""
-        keys = ("sha256", "backend", "compute_type", "instruction_set", "dataset", "source")
-        return all(getattr(self, key) == getattr(other, key) for key in keys)
+        return self.measurement == other.measurement
 
 
 class AccuracyFile(Record, frozen=True, kw_only=True):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -114,10 +113,10 @@ def _to_be_replaced(bundle: Bundle, found: Sequence[Way], dataset: str, n: int) 
     """A line where an evaluation on another number of images goes."""
     lost: dict[int, dict[str, None]] = {}
     here = instruction_set()
-    rows = [row for row in read_accuracy(bundle) if row.dataset == dataset and row.n != n]
-    for way, row in product(found, rows):
-        way_of_row = (row.sha256, row.backend, row.compute_type, row.instruction_set)
-        if way_of_row == (way.artifact.sha256, way.runner.name, way.compute_type, here):
+    rows = {row.measurement: row for row in read_accuracy(bundle) if row.n != n}
+    for way in found:
+        row = rows.get((way.artifact.sha256, way.runner.name, way.compute_type, here, dataset, "measured"))
+        if row is not None:
             lost.setdefault(row.n, {})[way.artifact.name] = None
     for before, names in lost.items():
         yield f"{', '.join(names)}: {n} images of {dataset} are going to replace an evaluation on {before}"
