@@ -35,7 +35,6 @@ from hydradeploy.files import (
     sha256_file,
     try_writing,
     user_cache,
-    write_atomically,
     write_together,
 )
 from hydradeploy.spec import Geometry, Record, Spec, Subnet, decode
@@ -559,10 +558,19 @@ def _read_stamp(bundle: Bundle) -> Stamp | None:
 
 
 def _write_stamp(bundle: Bundle, stamp: Stamp) -> None:
-    """Leave the stamp where it can be left; without one the next open only takes longer."""
+    """Leave the stamp where it can be left; without one the next open only takes longer.
+
+    Written in place, so that a kill leaves a torn stamp, which is as good as none, and no temporary file for good.
+    """
     for file in _stamp_files(bundle):
         with suppress(OSError):
             if file.parent != bundle.path:
                 file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, msgspec.json.encode(stamp))
+            with open(file, "wb", opener=_not_through_a_link) as out:
+                out.write(msgspec.json.encode(stamp))
             return
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    """What a stranger's bundle has under the stamp's name may be a link to a file of the user's."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -130,35 +130,41 @@ def test_a_graph_is_hashed_at_every_open(bundle):
         open_bundle(bundle)
 
 
-def test_a_damaged_stamp_is_ignored(bundle):
+@pytest.mark.parametrize("kept", [0, 1, 100, -1])
+def test_a_stamp_that_a_kill_cut_off_is_as_good_as_none(bundle, kept):
     open_bundle(bundle)
-    (bundle / STAMP).write_bytes(b"{")
+    whole = (bundle / STAMP).read_bytes()
+    (bundle / STAMP).write_bytes(whole[:kept])
     same_size_flip(bundle / "golden.npz", 700)
     with pytest.raises(IntegrityError, match="golden"):
         open_bundle(bundle)
+    same_size_flip(bundle / "golden.npz", 700)
+    open_bundle(bundle)
+    assert len((bundle / STAMP).read_bytes()) == len(whole)
 
 
-def test_a_bundle_that_cannot_be_written_to_keeps_its_stamp_in_the_cache(bundle, tmp_path, monkeypatch):
+def test_where_a_stamp_cannot_be_left_in_the_bundle_it_is_kept_in_the_cache(bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     import hydradeploy.bundle as module
 
-    original = module.write_atomically
-
-    def refusing(path: Path, data: bytes) -> None:
-        if path.parent == bundle:
-            raise PermissionError(13, "Permission denied", str(path))
-        original(path, data)
-
-    monkeypatch.setattr(module, "write_atomically", refusing)
     (bundle / STAMP).unlink(missing_ok=True)
+    (bundle / STAMP).mkdir()
     open_bundle(bundle)
-    assert not (bundle / STAMP).exists()
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
     hashed: list[str] = []
     original_hash = module.sha256_file
     monkeypatch.setattr(module, "sha256_file", lambda path: hashed.append(path.name) or original_hash(path))
     open_bundle(bundle)
     assert "supernet-fp32.weights" not in hashed
+
+
+def test_a_link_under_the_stamps_name_is_not_followed(bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "mine").write_text("mine")
+    (bundle / STAMP).unlink(missing_ok=True)
+    (bundle / STAMP).symlink_to(tmp_path / "mine")
+    open_bundle(bundle, "always")
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_opening_for_the_manifest_alone_reads_nothing_else(bundle):
