@@ -28,6 +28,7 @@ from hydradeploy.data.preprocess import normalise
 from hydradeploy.errors import InputError
 from hydradeploy.processes import die_with
 from hydradeploy.spec import Spec
+from hydradeploy.training.ranks import told
 from hydradeploy.training.recipe import Recipe
 
 _ORDER, _SHIFT, _IMAGE = 1, 2, 4  # streams of random numbers; 3 is that of the head counts
@@ -115,7 +116,7 @@ class Source(Protocol):
 
 def readers() -> int:
     """How many processes that read images each of this machine's training processes has by default."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = told("LOCAL_WORLD_SIZE", 1)
     return max(1, min(_MOST_READERS, len(os.sched_getaffinity(0)) // here))
 
 

@@ -67,16 +67,15 @@ class Ranks:
 def ranks(device: str | None = None) -> Iterator[Ranks]:
     """Join the other processes of the run, by the variables that torchrun sets; leave them when the block ends.
 
-    `device` is cpu or cuda; by default cuda where there is one. Raises UsageError for another, MissingError where it is
-    not there, EnvironmentFailed when another process has ended.
+    `device` is cpu or cuda; by default cuda where there is one. Raises UsageError for another or for a variable that
+    is no number, MissingError where it is not there, EnvironmentFailed when another process has ended.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"no device {kind!r} to train on", hint="cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise MissingError("cuda: torch finds no GPU here", hint="install torch for CUDA, or --device cpu")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    world, local = told("WORLD_SIZE", 1), told("LOCAL_RANK", 0, least=0)
     if kind == "cuda" and local >= torch.cuda.device_count():
         raise UsageError(
             f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}",
@@ -99,6 +98,16 @@ def ranks(device: str | None = None) -> Iterator[Ranks]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def told(variable: str, default: int, least: int = 1) -> int:
+    """One of the variables that torchrun sets; raises UsageError where it is no whole number of `least` or more."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise UsageError(
+            f"the variable {variable} is {text!r}, not a number from {least} up", hint="torchrun sets it; else unset it"
+        )
+    return int(text)
 
 
 def _join(backend: str) -> None:

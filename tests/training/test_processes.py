@@ -21,6 +21,7 @@ from hydradeploy.errors import EnvironmentFailed
 from hydradeploy.supernet.store import load
 from hydradeploy.training import metrics
 from hydradeploy.training.ranks import ranks
+from tests.conftest import Cli
 
 SHAPE = "--image-size 8 --patch-size 4 --head-dim 8 --trained-heads 1-3 --depth 1 --batch-size 16".split()  # noqa: SIM905
 
@@ -206,6 +207,17 @@ def test_readers_do_not_outlive_a_run_that_is_killed(tmp_path):
     _, alive = psutil.wait_procs(readers, timeout=2)
     assert not alive
     run.end()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "-1"), ("LOCAL_WORLD_SIZE", "0")]
+)
+def test_a_variable_of_torchrun_that_is_no_number_is_named(monkeypatch, cli: Cli, tmp_path, variable, value):
+    monkeypatch.setenv(variable, value)
+    ran = cli("train", "--data", "digits", "--out", tmp_path / "supernet.safetensors", *SHAPE)
+    assert ran.code == 2
+    assert f"error: the variable {variable} is {value!r}, not a number" in ran.err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("port", [None, "taken", "x"])
