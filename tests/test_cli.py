@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -104,6 +105,19 @@ def test_the_console_script_is_installed():
     script = Path(sys.executable).with_name("hydradeploy")
     ran = subprocess.run([script, "--version"], capture_output=True, text=True)
     assert ran.stdout.startswith("hydradeploy ")
+
+
+def test_a_checkout_that_is_not_installed_says_how_to_install_it(cli: Cli, monkeypatch):
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    ran = cli("--version")
+    assert ran.code == ExitCode.MISSING
+    assert ran.err.splitlines() == [
+        "error: the package hydradeploy is not installed, so its version cannot be told",
+        "hint: pip install -e . in a checkout",
+    ]
 
 
 def test_a_bug_shows_its_traceback_and_exits_1(cli: Cli, monkeypatch, shared_bundle):

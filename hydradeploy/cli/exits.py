@@ -15,7 +15,7 @@ import typer
 
 from hydradeploy.cli.app import app_for
 from hydradeploy.cli.output import say
-from hydradeploy.errors import EnvironmentFailed, ExitCode, HydraError, UsageError
+from hydradeploy.errors import EnvironmentFailed, ExitCode, HydraError, MissingError, UsageError
 
 
 def main() -> None:
@@ -70,6 +70,8 @@ def _guarded(arguments: list[str], interrupted: Callable[[], bool]) -> int:
 
 def _failed(error: BaseException) -> int:
     """Say what went wrong, and give its exit code."""
+    from importlib.metadata import PackageNotFoundError  # which only errors need
+
     try:
         raise error
     except HydraError as known:
@@ -80,6 +82,9 @@ def _failed(error: BaseException) -> int:
         # The reader of our output has left; so do we, and keep Python from complaining about it on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
+    except PackageNotFoundError as absent:
+        why = f"the package {absent.name} is not installed, so its version cannot be told"
+        return _fail(MissingError(why, hint="pip install -e . in a checkout"))
     except MemoryError:
         return _fail(EnvironmentFailed("out of memory", hint="close other programs, or choose fewer heads"))
     except OSError as error:
