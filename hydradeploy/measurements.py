@@ -21,7 +21,7 @@ import msgspec
 from hydradeploy.errors import IntegrityError, UsageError, environment
 from hydradeploy.files import locked, write_atomically
 from hydradeploy.spec import Record, decode
-from hydradeploy.units import show_threads
+from hydradeploy.units import show_number
 
 SCHEMA = 3
 
@@ -177,7 +177,7 @@ def show_settings(settings: Mapping[str, str]) -> str:
 def show_way(artifact: str, backend: str, compute_type: str, settings: str, threads: int) -> str:
     """`onnxruntime, 2 threads`, with settings, and with the compute type where the artifact's name does not tell it."""
     told = compute_type in artifact.split("-")
-    return ", ".join(filter(None, (backend, "" if told else compute_type, settings, show_threads(threads))))
+    return ", ".join(filter(None, (backend, "" if told else compute_type, settings, show_number(threads, "thread"))))
 
 
 def read_profile(path: Path) -> Stored:
@@ -191,7 +191,12 @@ def read_profile(path: Path) -> Stored:
 
 
 def read_profiles(directory: Path) -> tuple[Stored, ...]:
-    """Every profile of a directory, newest first, none where there is no directory; raises IntegrityError."""
+    """Every profile of a directory, newest first, none where there is no directory.
+
+    Raises UsageError where it is a file, IntegrityError for a damaged profile.
+    """
+    if directory.is_file():
+        raise UsageError(f"{directory}: this is a file, profiles lie in a directory", hint=f"name {directory.parent}")
     found = [read_profile(path) for path in sorted(directory.glob("*.json"))]
     return tuple(sorted(found, key=lambda stored: stored.profile.measured_at, reverse=True))
 

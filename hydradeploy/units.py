@@ -121,9 +121,9 @@ def show_points(fraction: float) -> str:
     return f"{100 * fraction:.2f}pp"
 
 
-def show_threads(count: int) -> str:
+def show_number(count: int, what: str) -> str:
     """`1 thread`, `2 threads`."""
-    return f"{count} thread" + ("" if count == 1 else "s")
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def _scaled(value: float, units: Mapping[str, float]) -> str:

@@ -75,7 +75,7 @@ def _show_verified(verified: Verified) -> None:
                 f"{o.max_difference:.1e}",
                 f"{o.tolerance:.2g}",
                 f"{o.cosine:.4f}",
-                show_percent(o.top1_agreement, 0),
+                show_percent(o.top1_agreement),
             )
             for o in verified.outputs
         ]

@@ -299,7 +299,7 @@ def export(
             show_bytes(a.size_bytes),
             f"{a.parity.max_difference:.1e}",
             f"{a.parity.cosine:.4f}",
-            "" if a.parity.top1_agreement is None else show_percent(a.parity.top1_agreement, 0),
+            "" if a.parity.top1_agreement is None else show_percent(a.parity.top1_agreement),
         )
         for a in manifest.artifacts
     ]

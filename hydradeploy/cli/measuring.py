@@ -15,7 +15,7 @@ from hydradeploy.cli.output import print_json, print_table, say
 from hydradeploy.cli.progress import progress
 from hydradeploy.errors import UsageError
 from hydradeploy.spec import parse_heads
-from hydradeploy.units import show_percent
+from hydradeploy.units import show_number, show_percent
 
 if TYPE_CHECKING:
     from hydradeploy.measurements import Cell, Stored
@@ -209,7 +209,7 @@ def _show_profiled(done: _Measured, more: Mapping[str, object], strict: bool, as
         print_json({**found, "left_out": done.left_out, **more})
     else:
         _show_cells(done.cells)
-        print(f"{done.stored.path}: {done.stored.profile.device.name}, {len(done.cells)} cells measured")
+        print(f"{done.stored.path}: {done.stored.profile.device.name}, {show_number(len(done.cells), 'cell')} measured")
     if strict:
         check_clean(done.cells)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from hydradeploy.devices.linux import core_kinds
 from hydradeploy.doctor.patient import AS_ROOT, Patient, Row
 from hydradeploy.spec import show_heads
-from hydradeploy.units import show_threads
+from hydradeploy.units import show_number
 
 _PIN = {
     "cpu": f"{AS_ROOT} --lock-clocks",
@@ -53,7 +53,7 @@ def power_mode(patient: Patient) -> Iterator[Row]:
 
 
 def affinity(patient: Patient) -> Iterator[Row]:
-    threads = show_threads(patient.here.cores())
+    threads = show_number(patient.here.cores(), "thread")
     found = f"{patient.conditions.affinity} of {patient.cores} cores, so {threads} unless --threads is given"
     yield Row("cores", "affinity", "ok", found)
 

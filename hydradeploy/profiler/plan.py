@@ -14,7 +14,7 @@ from hydradeploy.profiler.child import Request
 from hydradeploy.profiler.presets import Preset, Target, regimes, samples_wanted
 from hydradeploy.spec import Record
 from hydradeploy.stats.basics import median
-from hydradeploy.units import show_duration, show_seconds
+from hydradeploy.units import show_duration, show_number, show_seconds
 
 # An interpreter that imports numpy and a runtime, before it opens anything.
 _START_S = 0.6
@@ -85,7 +85,9 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
 def sentence(plan: Plan) -> str:
     """How much it is and how long it should take."""
     count = len(plan.cells) * len(plan.regimes)
-    text = f"{count} cells ({', '.join(plan.regimes)}) in {plan.cells[0].rounds} rounds of fresh processes"
+    text = (
+        f"{show_number(count, 'cell')} ({', '.join(plan.regimes)}) in {plan.cells[0].rounds} rounds of fresh processes"
+    )
     if plan.expected_s is not None:
         return f"{text}, about {show_duration(plan.expected_s)}"
     if plan.at_most_s is not None:

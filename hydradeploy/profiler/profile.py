@@ -126,10 +126,10 @@ def profile(
     if resume and force:
         raise UsageError("--resume goes on and --force begins anew", hint="choose one")
     setting = _setting(bundle, order, here)
+    known = read_profiles(profiles)  # a damaged file would keep what is measured from being merged
     with environment(f"writing into {profiles}"):
         profiles.mkdir(parents=True, exist_ok=True)
         try_writing(profiles)
-    known = read_profiles(profiles)  # a damaged file would keep what is measured from being merged
     setting = _with_engines(setting, EngineOptions(build=build), report, say)
     if watch is None:
         watch = _watching(setting.here.kind, lock_clocks) if here is None else lambda: nullcontext(Unwatched())

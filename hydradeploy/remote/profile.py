@@ -132,10 +132,10 @@ def profile(
     IntegrityError (damaged bundle or profile), EnvironmentFailed (connection, host key, disk here or there).
     """
     opened = open_bundle(bundle)
+    read_profiles(profiles)  # a damaged one would keep what is measured from being merged
     with environment(f"writing into {profiles}"):
         profiles.mkdir(parents=True, exist_ok=True)
         try_writing(profiles)
-    read_profiles(profiles)  # a damaged one would keep what is measured from being merged
     with _conversation(remote, say) as there:
         copied, known = there.copy(opened, report)
         unfinished = profiles / UNFINISHED / f"{_slug(remote.host)}-{place_of(bundle)}"

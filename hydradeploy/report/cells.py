@@ -12,7 +12,7 @@ from hydradeploy.stats.basics import mean, median
 from hydradeploy.stats.bootstrap import mean_interval, quantile_interval
 from hydradeploy.stats.order import quantile, samples_needed
 from hydradeploy.stats.pacing import deadline_misses, frame_age_s
-from hydradeploy.units import show_at_most, show_bytes, show_percent, show_seconds, show_threads
+from hydradeploy.units import show_at_most, show_bytes, show_number, show_percent, show_seconds
 
 CONFIDENCE = 0.95
 BURST, SUSTAINED = "burst", "sustained"
@@ -25,7 +25,7 @@ _FIELDS: dict[str, Callable[[Cell], str]] = {
     "settings": lambda cell: show_settings(cell.settings) or "default",
     "input": lambda cell: cell.input,
     "batch": lambda cell: f"batch {cell.batch}",
-    "threads": lambda cell: show_threads(cell.threads),
+    "threads": lambda cell: show_number(cell.threads, "thread"),
     "regime": lambda cell: cell.regime,
 }
 

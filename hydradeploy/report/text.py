@@ -25,7 +25,7 @@ def answer_lines(answer: Answer, *, explain: bool = False) -> Iterator[str]:
     if answer.nearest is not None:
         here = (answer.nearest.artifact, _way(answer.nearest), answer.nearest.batch)
         reasons = [r.reason for r in answer.rejected if (r.artifact, _way(r), r.batch) == here]
-        yield f"nearest: {answer.nearest.artifact}: {reasons[0]}"
+        yield f"nearest: {answer.nearest.artifact} ({_way(answer.nearest)}): {reasons[0]}"
     for knob in answer.knobs:
         yield f"would do: {knob}"
     if answer.cheaper is not None:

@@ -51,7 +51,7 @@ def test_a_profile_end_to_end_is_one_json_document_and_then_a_table(shared_bundl
     assert lines[1].split()[:4] == ["artifact", "p50", "(95", "%)"]
     assert [line.split()[0] for line in lines if line.startswith("h0")] == ["h02-fp16"] * 2
     assert lines[-1].startswith(f"{stored.path}: ")
-    assert lines[-1].endswith("1 cells measured")
+    assert lines[-1].endswith("1 cell measured")
     now = {cell.artifact: cell for cell in read_profile(stored.path).profile.cells}
     before = {cell.artifact: cell for cell in stored.profile.cells}
     assert now["h02-fp32"] == before["h02-fp32"]
@@ -82,6 +82,14 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
     assert ran.out == ""
     assert "measuring" not in ran.err
     assert not (tmp_path / "profiles").exists()
+
+
+@pytest.mark.parametrize("command", [("profile",), ("profile", "--dry-run"), ("pick", "--latency", "5ms")])
+def test_a_file_in_the_place_of_the_directory_of_profiles_is_named(shared_bundle, tmp_path, cli: Cli, command):
+    (tmp_path / "cpu.json").write_text("{}")
+    ran = cli(command[0], "--bundle", shared_bundle, "--profiles", tmp_path / "cpu.json", *command[1:])
+    assert ran.code == 2
+    assert f"{tmp_path / 'cpu.json'}: this is a file, profiles lie in a directory\nhint: name {tmp_path}" in ran.err
 
 
 def test_how_another_device_is_reached_may_be_said_for_good(shared_bundle, tmp_path, cli: Cli, monkeypatch):

@@ -123,7 +123,7 @@ def test_with_bootstrap_the_wheel_is_installed_once_and_used_from_then_on(bare: 
     run = bare.profile(bundle, profiles, "--bootstrap", tmp_path / NAME)
     out, err = run.communicate(timeout=1800)
     assert run.returncode == 0, out + err
-    assert "1 cells measured" in out
+    assert "1 cell measured" in out
     first = environment(bare).resolve()
     assert "include-system-site-packages = false" in (first / "pyvenv.cfg").read_text()
     before = (first / "ready").stat().st_mtime_ns

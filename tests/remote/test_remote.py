@@ -92,7 +92,7 @@ def test_the_bundle_goes_there_and_the_profile_comes_back(device: Device, bundle
     second, err = ended(device.profile(bundle, profiles))
     assert f"orin: nothing to copy, all {len(manifest.files) + 1} files are there" in err
     assert (device.place / "bundle").stat().st_ino == before.st_ino
-    assert "1 cells measured" in second
+    assert "1 cell measured" in second
     (again,) = only(profiles).cells
     assert again.measured_at > cell.measured_at
     assert sorted(os.listdir(device.place)) == ["bundle", "lock", "profiles"]

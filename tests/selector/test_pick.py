@@ -316,7 +316,7 @@ def test_what_a_knob_says_gives_that_pick_when_followed(bare: World, miss):
     told = bare.run(*options)
     assert told.code == code
     assert [line.removeprefix("would do: ") for line in told.out.splitlines() if "would do" in line] == found["knobs"]
-    assert f"nearest: {found['nearest']['artifact']}: " in told.out
+    assert f"nearest: {found['nearest']['artifact']} (" in told.out
 
 
 def test_a_knob_for_flags_adds_to_those_accepted(bare: World):
@@ -344,7 +344,7 @@ def test_what_was_measured_disturbed_decides_nothing(bare: World):
     assert (found["verdict"], found["nearest"]["artifact"], found["more_samples"]) == ("inconclusive", "h02-fp32", None)
     said = bare.run("--latency", "5ms").out
     assert "h02-fp32 may meet the budget" in said
-    assert f"nearest: h02-fp32: {remark} (--accept contended takes it)" in said
+    assert f"nearest: h02-fp32 (onnxruntime, 1 thread): {remark} (--accept contended takes it)" in said
     slow = bare.json("--latency", "1us", code=3)
     assert (slow["verdict"], slow["nearest"]["artifact"]) == ("infeasible", "h03-fp32")
 
@@ -357,7 +357,7 @@ def test_calls_that_were_all_slowed_down_are_no_proof_that_nothing_meets_the_bud
     found = bare.json("--latency", "5ms", code=4)
     assert (found["verdict"], found["nearest"]["artifact"]) == ("inconclusive", "h02-fp32")
     said = bare.run("--latency", "5ms").out
-    assert f"nearest: h02-fp32: measured while {flag}; p95 over 5.00 ms" in said
+    assert f"nearest: h02-fp32 (onnxruntime, 1 thread): measured while {flag}; p95 over 5.00 ms" in said
     assert "--accept" not in said
     # Its memory is no other undisturbed.
     assert bare.json("--latency", "5ms", "--memory", "1B", code=3)["verdict"] == "infeasible"
@@ -373,7 +373,7 @@ def test_where_all_was_measured_disturbed_the_nearest_is_named_without_advice_th
         found = bare.json(*options, code=3)
         assert (found["verdict"], found["nearest"]["artifact"], found["knobs"]) == ("infeasible", "h02-fp32", [])
         said = bare.run(*options).out
-        assert "nearest: h02-fp32: measured while contended; " + reason in said
+        assert "nearest: h02-fp32 (onnxruntime, 1 thread): measured while contended; " + reason in said
         assert "--accept" not in said
 
 
@@ -830,13 +830,16 @@ def test_of_all_ways_to_run_an_artifact_one_that_meets_the_budget_is_picked_and_
     near = bare.run("--latency", "2.5ms")
     assert near.code == 3
     assert "h04-fp32 (openvino, bf16, hint=throughput, 2 threads) fits with" in near.out
-    assert near.out.count("nearest: h04-fp32: p95 over 2.50 ms: 3.") == 1
+    assert near.out.count("nearest: h04-fp32 (openvino, bf16, hint=throughput, 2 threads): p95 over 2.50 ms: 3.") == 1
 
 
 def test_the_nearest_of_several_ways_is_refused_for_its_own_reason(bare: World):
     bare.evaluated({4: 150})
     bare.measured(bare.cell(4, 9 * MS), bare.cell(4, 5 * MS, settings={"arena": "off"}))
-    assert "nearest: h04-fp32: p95 over 2.50 ms: 5." in bare.run("--latency", "2.5ms").out
+    assert (
+        "nearest: h04-fp32 (onnxruntime, arena=off, 1 thread): p95 over 2.50 ms: 5."
+        in bare.run("--latency", "2.5ms").out
+    )
 
 
 @pytest.mark.parametrize("what", ["energy", "memory"])
