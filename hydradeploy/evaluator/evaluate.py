@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hydradeploy.backends import Images, Session, model_of, prepared, run_all
+from hydradeploy.backends import Images, Options, Session, model_of, prepared, run_all
 from hydradeploy.backends.ways import Way, named, ways
 from hydradeploy.bundle import (
     AccuracyRow,
@@ -191,6 +191,12 @@ def _outcomes(
     return [(one.way, _joined(one.said)) for one in asked if one.error is None], digest.hexdigest()
 
 
+def _beside_others(way: Way) -> Options:
+    """All head counts are open at once: threads of one that spin for its next image take the cores from the others."""
+    settings = {"spinning": "off"} if "spinning" in way.runner.settings else {}
+    return Options(compute_type=way.compute_type, settings=settings)
+
+
 class _Asked:
     """An artifact that is shown images until it fails."""
 
@@ -202,7 +208,7 @@ class _Asked:
         self._model = model_of(bundle, way.artifact, way.runner.dialect)
         self._session: Session | None = None
         with self._failing():
-            self._session = stack.enter_context(way.runner.open(self._model, way.options()))
+            self._session = stack.enter_context(way.runner.open(self._model, _beside_others(way)))
 
     def show(self, images: Images, labels: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
         if self._session is not None and self.error is None:
