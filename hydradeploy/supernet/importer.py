@@ -28,7 +28,7 @@ from hydradeploy.spec import (
     Spec,
     show_heads,
 )
-from hydradeploy.supernet.store import HEADER, read_safetensors, save
+from hydradeploy.supernet.store import HEADER, check_file, read_safetensors, save
 
 # The official training script stores the averaged weights under the first name, and those are to be deployed;
 # DeiT's own files use "model".
@@ -68,6 +68,7 @@ def import_checkpoint(
     Raises UsageError (no such file, `out` exists, an option that does not fit), IntegrityError (damaged), InputError
     (what does not fit, with its name and both shapes), EnvironmentFailed (disk).
     """
+    check_file(out)
     if out.exists() and not force:
         raise UsageError(f"{out} exists", hint="replace it with --force, or name another file with --out")
     tensors, entry, stored_heads = _read(checkpoint)

@@ -64,6 +64,13 @@ def save(path: Path, spec: Spec, tensors: Mapping[str, Tensor], *, source: Path 
         write_atomically(path, data)
 
 
+def check_file(path: Path) -> None:
+    """Raise UsageError where a supernet file is to take the place of what is no file: a directory, a device."""
+    if path.exists() and not path.is_file():
+        what = "a directory" if path.is_dir() else "no file that can be replaced"
+        raise UsageError(f"{path} is {what}", hint="name a file with --out")
+
+
 def load(path: Path) -> Weights:
     """Open a supernet file.
 

@@ -76,6 +76,7 @@ def train(
     InputError (images, labels or loss refused), MissingError (TensorBoard, a compiler), EnvironmentFailed (disk).
     """
     running = running or Running()
+    store.check_file(out)
     if not resume:
         _check_free(out, force)
     check_method(preset.recipe.method, preset.geometry.trained_heads)
@@ -140,8 +141,6 @@ def _alone(out: Path) -> AbstractContextManager[None]:
 def _check_free(out: Path, force: bool) -> None:
     """Raise UsageError where a run that begins at `out` would destroy something."""
     state = states.path_of(out)
-    if out.is_dir():
-        raise UsageError(f"{out} is a directory", hint="name a file with --out")
     if force or not (out.exists() or state.exists()):
         return
     go_on = "go on with --resume, " if state.exists() else ""

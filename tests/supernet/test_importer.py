@@ -586,6 +586,16 @@ def test_an_existing_file_is_replaced_only_when_told(cli, tmp_path):
     assert same(load(out), seed=0)
 
 
+@pytest.mark.parametrize("name", [".", "", "pipe"])
+def test_what_is_no_file_is_not_replaced(cli, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")  # as a device would be, which root could replace
+    ran = cli("import", write(tmp_path / "c.pth", state()), "--out", name, "--head-dim", 8, "--force")
+    assert ran.code == 2
+    assert "name a file with --out" in ran.err
+    assert Path("pipe").is_fifo()
+
+
 def test_a_checkpoint_may_be_replaced_by_its_own_import(tmp_path):
     save_file(dict(state()), tmp_path / "c.safetensors")
     import_checkpoint(tmp_path / "c.safetensors", tmp_path / "c.safetensors", head_dim=8, force=True)

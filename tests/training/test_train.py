@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -235,10 +236,18 @@ def test_an_existing_supernet_is_not_trained_over(blobs, tmp_path, cli: Cli):
     assert "--resume" not in ran.err, "there is no state"
     assert (tmp_path / "s").read_bytes() == b"precious"
     assert "its run has come to its end" in cli("train", "--data", blobs, "--out", tmp_path / "s", "--resume").err
-    (tmp_path / "d").mkdir()
-    ran = cli("train", "--data", blobs, "--out", tmp_path / "d", "--force")
+
+
+@pytest.mark.parametrize("option", ["--force", "--resume"])
+@pytest.mark.parametrize("name", [".", "", "d", "pipe"])
+def test_what_is_no_file_is_not_trained_over(blobs, tmp_path, cli: Cli, monkeypatch, name, option):
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    os.mkfifo("pipe")  # as a device would be, which root could replace
+    ran = cli("train", "--data", blobs, "--out", name, option)
     assert ran.code == 2
-    assert "is a directory" in ran.err
+    assert "name a file with --out" in ran.err
+    assert Path("pipe").is_fifo()
 
 
 def test_what_a_killed_run_left_is_not_overwritten_unless_asked(blobs, tmp_path):
