@@ -139,7 +139,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str, tuple[int, ...] | None]:
         tensors, metadata = read_safetensors(path)
         if HEADER in metadata:
             raise UsageError(f"{path} is a supernet file already", hint=f"hydradeploy export --supernet {path}")
-        return tensors, "safetensors", None
+        return _state(path, tensors), "safetensors", None
     content = _load_inertly(path)
     for entry in _CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping) and content[entry]:
@@ -199,31 +199,24 @@ def _load(path: Path, stand_ins: Mapping[str, Any]) -> Any:
 _UNKNOWN_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
 
 
-# What torch says of a pickle whose first value is not the number that its own begin with.
-_OTHER_PICKLE = "Invalid magic number"
-
-# With these words torch advises to run whatever is in the file, which is nothing to pass on.
-_ADVICE = "Weights only load failed"
+# By what torch says of them: what is no checkpoint, and what holds code. Often it advises to run whatever is in the
+# file, which is nothing to pass on.
+_REFUSED = {
+    "Weights only load failed": "not a torch checkpoint, or one with code in it, which is not run",
+    "Invalid magic number": "not a torch checkpoint, but a pickle of something else",
+    "TorchScript archives": "a TorchScript archive, a program, which is not run",
+}
 
 
 def _refusal(path: Path, error: Exception) -> InputError | IntegrityError:
+    hint = "load it where you trust it and save the state dict as safetensors"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     code = next((line for line in lines if "blocked" in line or "GLOBAL" in line), None)
     if code is not None:
-        return InputError(
-            f"{path}: refused, its pickle asks for code to be run ({code})",
-            hint="load it where you trust it and save the state dict as safetensors",
-        )
-    if _ADVICE in str(error):
-        return InputError(
-            f"{path}: not a torch checkpoint, or one with code in it, which is not run",
-            hint="load it where you trust it and save the state dict as safetensors",
-        )
-    if _OTHER_PICKLE in str(error):
-        return InputError(
-            f"{path}: not a torch checkpoint, but a pickle of something else",
-            hint="load it where you trust it and save the state dict as safetensors",
-        )
+        return InputError(f"{path}: refused, its pickle asks for code to be run ({code})", hint=hint)
+    for words, what in _REFUSED.items():
+        if words in str(error):
+            return InputError(f"{path}: {what}", hint=hint)
     # Whatever the loader stumbles over as it reads bytes that are no pickle says nothing about the file.
     reason = lines[0] if isinstance(error, RuntimeError) else "its bytes are no pickle, or only the beginning of one"
     return IntegrityError(

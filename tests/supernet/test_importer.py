@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import subprocess
+import warnings
 from collections import OrderedDict, defaultdict
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -104,6 +105,13 @@ def test_without_averaged_weights_the_others_are_taken_less_their_module_prefix(
 def test_averaged_weights_may_have_the_prefixes_of_processes_and_of_torch_compile(tmp_path, prefix):
     _, loaded = imported(tmp_path, official(state_dict_ema=state(seed=3, prefix=prefix)))
     assert same(loaded, seed=3)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_a_safetensors_file_may_have_those_prefixes_too(tmp_path, prefix):
+    save_file({f"{prefix}{name}": tensor for name, tensor in state().items()}, tmp_path / "c.safetensors")
+    import_checkpoint(tmp_path / "c.safetensors", tmp_path / "out", head_dim=8)
+    assert same(load(tmp_path / "out"), seed=0)
 
 
 @pytest.mark.parametrize("heads", [[6, 2, 4, 4], [4, 2, 6]])
@@ -353,6 +361,18 @@ def test_a_pickle_of_something_else_is_refused_without_advice_to_run_it(cli, tmp
     ran = cli("import", path, "--out", tmp_path / "out")
     assert ran.code == 11
     assert f"{path}: not a torch checkpoint, or one with code in it, which is not run" in ran.err
+    assert "weights_only" not in ran.err
+
+
+def test_a_torchscript_archive_is_refused_without_advice_to_run_it(cli, tmp_path):
+    path = tmp_path / "c.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and so are its files
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)  # type: ignore[no-untyped-call]
+    ran = cli("import", path, "--out", tmp_path / "out")
+    assert ran.code == 11
+    assert f"{path}: a TorchScript archive" in ran.err
+    assert "save the state dict as safetensors" in ran.err
     assert "weights_only" not in ran.err
 
 
