@@ -44,6 +44,10 @@ def evaluate(
     """
     if (data is None) == (declared is None):
         raise UsageError("give either --data or --declared", hint="hydradeploy evaluate --data digits")
+    if declared is not None and (limit is not None or backend is not None or compute_type is not None):
+        raise UsageError(
+            "--declared takes what the table says; nothing is measured", hint="leave the other options out"
+        )
     from hydradeploy.evaluator.evaluate import declare
     from hydradeploy.evaluator.evaluate import evaluate as call
 
