@@ -326,14 +326,15 @@ def _class_names(path: Path, arrays: Mapping[str, NDArray[Any]]) -> tuple[str, .
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """All arrays of an .npz file, nothing unpickled; raises InputError where it cannot be read."""
     try:
-        # Opened here: np.load leaves a file it cannot read open.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        # Not np.load, which takes whatever is no archive for a pickle and advises to run it.
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
             return {name: np.asarray(arrays[name]) for name in arrays.files}
     except MemoryError:
         raise
     # A damaged archive raises whatever its bytes lead zipfile, zlib and numpy to.
     except Exception as error:
-        raise InputError(f"{path}: not a readable .npz file ({error})") from error
+        hint = "numpy.savez writes one; images and shards are given by their folder"
+        raise InputError(f"{path}: not a readable .npz file ({error})", hint=hint) from error
 
 
 def _array(path: Path, arrays: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:

@@ -245,11 +245,13 @@ def test_arrays_that_are_no_data_set_are_refused_by_name(tmp_path, arrays, named
     assert path in refused.value.message
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x93NUMPY"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x93NUMPY", b"\xff\xd8\xff\xe0 a picture"])
 def test_a_file_that_is_no_archive_is_refused_by_name(tmp_path, content):
     (tmp_path / "d.npz").write_bytes(content)
-    with pytest.raises(InputError, match=r"d\.npz: not a readable"):
+    with pytest.raises(InputError, match=r"d\.npz: not a readable") as refused:
         open_dataset(str(tmp_path / "d.npz"), "test")
+    assert "pickle" not in refused.value.message, "numpy advises to run what is in a file that it does not know"
+    assert "given by their folder" in str(refused.value.hint)
 
 
 def test_a_source_that_is_not_there_is_a_usage_error(tmp_path):
