@@ -61,7 +61,7 @@ def read(path: Path) -> dict[str, Any]:
     with environment(f"reading {path}"):
         data = path.read_bytes()
     try:
-        return tomllib.loads(data.decode())
+        return tomllib.loads(data.decode("utf-8-sig"))  # some editors put a byte order mark in front
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not TOML ({error})") from error
 

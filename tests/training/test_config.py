@@ -141,6 +141,11 @@ def test_a_file_that_is_not_there_or_no_toml_is_refused(tmp_path):
         config.read(tmp_path / "bad.toml")
 
 
+def test_a_byte_order_mark_in_front_does_not_matter(tmp_path):
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbf[recipe]\nepochs = 5\n")
+    assert config.read(tmp_path / "c.toml") == {"recipe": {"epochs": 5}}
+
+
 def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path, cli: Cli):
     (tmp_path / "c.toml").write_text('preset = "hydravit-imagenet"\n[recipe]\nepochs = 5\nbatch_size = 64\n')
     ran = cli("train", "--data", "digits", "--config", tmp_path / "c.toml", "--epochs", 3, "--show-config")
