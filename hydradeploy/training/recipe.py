@@ -145,7 +145,9 @@ def check_method(method: Method, trained_heads: tuple[int, ...]) -> None:
                 hint=f"--{option}-weights takes one number per trained head count",
             )
     weights = method.sample_weights
-    if weights is not None and (min(weights) < 0 or sum(weights) != 100):
+    if weights is not None and min(weights) < 0:
+        raise UsageError(f"{min(weights)} is no sample weight", hint="they are percentages and sum to 100")
+    if weights is not None and sum(weights) != 100:
         raise UsageError(f"sample weights sum to {sum(weights)}", hint="they are percentages and sum to 100")
 
 

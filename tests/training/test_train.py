@@ -209,6 +209,7 @@ def test_the_rate_warms_up_and_ends_low():
         (["--sample-weights", "0.5,49.5,50"], 2, "'0.5,49.5,50' is not a list of counts"),
         (["--sample-weights", "50,50"], 2, "2 sample weights for 10 head counts"),
         (["--sample-weights", "10,10,10,10,10,10,10,10,10,9"], 2, "sum to 99"),
+        (["--sample-weights", "150,-50,0,0,0,0,0,0,0,0"], 2, "-50 is no sample weight"),
         (["--batch-size", "1000"], 11, "too few for a batch of 1000"),
         (["--lr", "0"], 2, "learning_rate must be above 0"),
         (["--lr", "nan"], 2, "learning_rate must be above 0"),
