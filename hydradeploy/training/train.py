@@ -77,6 +77,7 @@ def train(
     """
     running = running or Running()
     store.check_file(out)
+    _check_apart(out, teacher, init_from)
     if not resume:
         _check_free(out, force)
     check_method(preset.recipe.method, preset.geometry.trained_heads)
@@ -136,6 +137,15 @@ def _alone(out: Path) -> AbstractContextManager[None]:
         raise UsageError(f"{out}: another process is training it", hint="wait for it, or name another with --out")
 
     return locked(out, busy)
+
+
+def _check_apart(out: Path, *read: Path | None) -> None:
+    """Raise UsageError where a run would overwrite what it goes by: it could not be resumed then."""
+    for path in read:
+        if path is not None and path.resolve() == out.resolve():
+            raise UsageError(
+                f"{out} is what the run goes by, not to be overwritten by it", hint="name another with --out"
+            )
 
 
 def _check_free(out: Path, force: bool) -> None:

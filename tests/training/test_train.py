@@ -251,6 +251,18 @@ def test_what_is_no_file_is_not_trained_over(blobs, tmp_path, cli: Cli, monkeypa
     assert Path("pipe").is_fifo()
 
 
+@pytest.mark.parametrize("options", [("--teacher", "s", "--teacher-share", "0.5"), ("--init-from", "s")])
+def test_what_a_run_goes_by_is_not_overwritten_by_it(blobs, tmp_path, cli: Cli, monkeypatch, options):
+    """Stopped half-way it would have lost its teacher, and could not be resumed."""
+    monkeypatch.chdir(tmp_path)
+    write_supernet(Path("s"))
+    before = Path("s").read_bytes()
+    ran = cli("train", "--data", blobs, "--out", tmp_path / "s", "--force", *options)
+    assert ran.code == 2
+    assert "name another with --out" in ran.err
+    assert Path("s").read_bytes() == before
+
+
 def test_what_a_killed_run_left_is_not_overwritten_unless_asked(blobs, tmp_path):
     """There is no supernet yet, only its state and its metrics."""
 
