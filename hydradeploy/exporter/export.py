@@ -46,7 +46,7 @@ from hydradeploy.exporter.pack import packed_bytes
 from hydradeploy.exporter.precision import PRECISIONS, precision
 from hydradeploy.exporter.quantise import Quantising, quantised
 from hydradeploy.exporter.source import source_of
-from hydradeploy.exporter.weights import Array, HeadDigests, block, layout, write_weights
+from hydradeploy.exporter.weights import Array, HeadDigests, block, layout, united, write_weights
 from hydradeploy.exporter.widened import widened
 from hydradeploy.files import check_exchangeable, link_or_copy, locked, sha256_file, staged
 from hydradeploy.spec import Geometry
@@ -227,7 +227,8 @@ class _Export:
                     digest.update(name, tensor)
                 yield name, tensor
 
-        shared = self._union([job for job in jobs if not job.standalone])
+        read = self._union([job for job in jobs if not job.standalone])
+        shared = {name: read[name] for name in everything if name in read}
         if shared:
             self._tables[file], _ = layout(shared)
             written = ((name, tensor) for name, tensor in tensors() if name in shared)
@@ -242,12 +243,13 @@ class _Export:
 
     def _union(self, jobs: Sequence[Job]) -> dict[str, Tensor]:
         """The tensors that any of the jobs reads, as large as the largest subnet's; of the smaller ones only a
-        classifier of their own comes to that."""
+        classifier of their own comes to that. Those of each form are in its own order, whatever others there are: the
+        hash of an artifact's content goes by it."""
         heads = sorted({job.heads for job in jobs}, reverse=True)
         found: dict[str, Tensor] = {}
         for form in dict.fromkeys(job.form(self._geometry) for job in jobs):
             for subnet in map(self._geometry.subnet, heads):
-                found |= {name: tensor for name, tensor in stored(subnet, form).items() if name not in found}
+                found = united(found, stored(subnet, form))
         return found
 
     def _write_graphs(self, stage: Path, job: Job) -> None:

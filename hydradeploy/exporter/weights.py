@@ -31,6 +31,18 @@ def numpy_type(dtype: Dtype) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
+def united(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of both, those of each in its order; where both have one, that of `one`."""
+    names, place = list(one), len(one)
+    for name in reversed(other):
+        if name in one:
+            place = names.index(name)
+        else:
+            names.insert(place, name)
+    both = other | one
+    return {name: both[name] for name in names}
+
+
 def layout(tensors: Mapping[str, Tensor]) -> tuple[dict[str, StoredTensor], int]:
     """Where each tensor goes in a weights file, and how long the file is."""
     table, end = {}, 0

@@ -144,6 +144,17 @@ def test_hashes_say_what_they_should(supernet_file, tmp_path, precision):
     assert one.graph_sha256 != batch.graph_sha256
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8dyn"])
+@pytest.mark.parametrize("standalone", [True, False])
+def test_content_does_not_depend_on_what_else_is_in_the_bundle(supernet_file, tmp_path, precision, standalone):
+    """Accuracy and engines stay those of the artifact when another is added; and its weights are still found."""
+    pixels = {"heads": (3,), "precisions": (precision,), "input": "uint8"}
+    name = f"h03-{precision}-uint8"
+    alone = export(supernet_file, tmp_path / "a", **pixels).artifact(name)
+    export(supernet_file, tmp_path / "b", heads=(2, 4), precisions=(precision,), standalone=standalone)
+    assert export(supernet_file, tmp_path / "b", **pixels).artifact(name).sha256 == alone.sha256
+
+
 def test_content_changes_with_the_preprocessing(supernet_file, tmp_path):
     from hydradeploy.supernet.store import save
 

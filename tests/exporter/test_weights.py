@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydradeploy.exporter.source import Source
-from hydradeploy.exporter.weights import HeadDigests, block, layout, map_weights, numpy_type, write_weights
+from hydradeploy.exporter.weights import HeadDigests, block, layout, map_weights, numpy_type, united, write_weights
 from hydradeploy.spec import Geometry
-from hydradeploy.stored import ITEM_BYTES, Form, layers, stored
+from hydradeploy.stored import ITEM_BYTES, Form, Tensor, layers, stored
 from tests.conftest import geometry, spec, supernet
 
 SHAPE = geometry(heads=4, trained_heads=(1, 2, 3, 4), head_dim=4, depth=1)
@@ -103,6 +103,26 @@ def test_one_changed_weight_changes_just_the_subnets_that_read_it(shape, data, a
             for n, tensor in stored(shape.subnet(k), of).items()
         )
         assert (before[k - 1] != after[k - 1]) == reads
+
+
+ANY_FORM = st.builds(
+    Form,
+    dtype=st.just("float32"),
+    input=st.sampled_from(["float32", "uint8"]),
+    int8=st.sets(st.sampled_from(layers(SHAPE))).map(tuple),
+)
+
+
+@given(st.lists(ANY_FORM, min_size=1, max_size=4), st.sampled_from([SHAPE, SEPARATE]))
+def test_forms_that_share_a_file_have_their_tensors_in_their_own_order(forms, shape):
+    """So that content, which is hashed in that order, does not depend on the others in the file."""
+    together: dict[str, Tensor] = {}
+    wanted = [stored(shape.subnet(heads), form) for form in forms for heads in (4, 2)]
+    for one in wanted:
+        together = united(together, one)
+    for one in wanted:
+        assert [name for name in together if name in one] == list(one)
+    assert set(together) == {name for one in wanted for name in one}
 
 
 @every_form
