@@ -95,8 +95,9 @@ class Dataset:
 def open_dataset(source: str, split: Split) -> Dataset:
     """Open one split of a data set.
 
-    A folder or file without splits serves as `test`. Raises UsageError when there is no such thing, InputError when it
-    holds no usable images and labels, MissingError when the package that brings it is not installed.
+    A folder or file without splits serves as `test`, and so does the `val` of one without that split. Raises UsageError
+    when there is no such thing, InputError when it holds no usable images and labels, MissingError when the package
+    that brings it is not installed.
     """
     if source == "digits":
         return _digits(split)
@@ -272,7 +273,8 @@ def _split_folder(path: Path, split: Split) -> Path:
 
 def _npz(path: Path, split: Split) -> Dataset:
     arrays = read_arrays(path)
-    prefix = f"{split}_" if f"{split}_images" in arrays else ""
+    serving = "val" if split == "test" and not arrays.keys() & {"images", "test_images"} else split
+    prefix = f"{serving}_" if f"{serving}_images" in arrays else ""
     if not prefix and split != "test":
         raise InputError(f"{path}: holds no array `{split}_images`", hint=f"it has {', '.join(arrays) or 'nothing'}")
     images, labels = (_array(path, arrays, prefix + name) for name in ("images", "labels"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +50,9 @@ def is_synthetic(source: str) -> bool:
 def read(source: str | Path, spec: Spec, count: int) -> Samples:
     """Up to `count` images spread evenly over a data set, a folder (searched through) or an .npz file's `images`.
 
-    Labels are not needed, but for shards; an .npz file's images are (n, s, s, channels) of the network's size. Raises
-    UsageError when `source` is not there, InputError for an empty one and for images that do not fit.
+    Labels are not needed, but for shards and for an .npz file of splits, of which `val` is taken; other .npz files have
+    images (n, s, s, channels) of the network's size. Raises UsageError when `source` is not there, InputError for an
+    empty one and for images that do not fit.
     """
     path = Path(source)
     if source in BUILT_IN:
@@ -63,7 +66,10 @@ def read(source: str | Path, spec: Spec, count: int) -> Samples:
         return Samples(np.stack([load_image(files[i], spec) for i in spread(len(files), count)]), name_of(path))
     if not path.is_file():
         raise UsageError(f"{path}: no such file or folder", hint="--data takes a folder of images or an .npz file")
-    images = _images(path, spec)
+    arrays = read_arrays(path)
+    if "images" not in arrays and "val_images" in arrays:  # what it was trained with
+        return _of_dataset(str(source), name_of(path), spec, count)
+    images = _images(path, arrays, spec)
     return Samples(images[spread(len(images), count)], name_of(path))
 
 
@@ -72,10 +78,9 @@ def _of_dataset(source: str, name: str, spec: Spec, count: int) -> Samples:
     return Samples(np.stack([dataset.pixels(int(i), spec) for i in spread(len(dataset), count)]), name)
 
 
-def _images(path: Path, spec: Spec) -> NDArray[np.uint8]:
+def _images(path: Path, arrays: Mapping[str, NDArray[Any]], spec: Spec) -> NDArray[np.uint8]:
     g = spec.geometry
     expected = f"(n, {g.image_size}, {g.image_size}, {g.channels})"
-    arrays = read_arrays(path)
     if "images" not in arrays:
         raise InputError(f"{path}: holds no array `images`, expected uint8 {expected}")
     images = arrays["images"]

@@ -196,6 +196,13 @@ def test_an_npz_file_with_splits_and_names(tmp_path):
     assert open_dataset(path, "val").class_names == ("cat", "dog")
 
 
+def test_an_npz_file_without_a_test_split_is_tested_on_val(tmp_path):
+    arrays = {"val_images": np.zeros((3, 8, 8), np.uint8), "val_labels": np.arange(3)}
+    assert len(open_dataset(archive(tmp_path / "d.npz", **arrays), "test")) == 3
+    alone = {"images": np.zeros((4, 8, 8), np.uint8), "labels": np.arange(4)}
+    assert len(open_dataset(archive(tmp_path / "d.npz", **arrays, **alone), "test")) == 4
+
+
 def test_numbers_are_classes_up_to_the_largest_label_of_any_split(tmp_path):
     """As of shards: a small split may lack the last classes."""
     arrays = {f"{split}_images": np.zeros((3, 8, 8), np.uint8) for split in SPLITS}

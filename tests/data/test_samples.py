@@ -134,6 +134,17 @@ def test_few_images_of_an_npz_file_are_spread_evenly(tmp_path, taken):
     assert np.array_equal(found.images, pixels()[taken])
 
 
+def test_of_an_npz_file_of_splits_the_val_part_is_taken_as_of_other_data_sets(tmp_path):
+    """What a supernet was trained with is what it is exported with, and of any size."""
+    splits = {"train_images": pixels(size=40), "val_images": pixels(size=40)[:2], "test_images": pixels(size=40)}
+    labels = {name.replace("images", "labels"): np.arange(len(images)) for name, images in splits.items()}
+    found = read(arrays(tmp_path / "a.npz", **splits, **labels), spec(), 10)
+    assert found.images.shape == (2, 32, 32, 3)
+    assert found.source == "a.npz"
+    apart = pixels()
+    assert np.array_equal(read(arrays(tmp_path / "a.npz", images=apart, **splits, **labels), spec(), 4).images, apart)
+
+
 def test_a_gray_network_takes_gray_images(tmp_path):
     found = read(arrays(tmp_path / "a.npz", images=pixels(channels=1)), spec(geometry(channels=1)), 4)
     assert found.images.shape == (4, 32, 32, 1)
