@@ -50,15 +50,15 @@ def is_synthetic(source: str) -> bool:
 def read(source: str | Path, spec: Spec, count: int) -> Samples:
     """Up to `count` images spread evenly over a data set, a folder (searched through) or an .npz file's `images`.
 
-    Labels are not needed, but for shards and for an .npz file of splits, of which `val` is taken; other .npz files have
-    images (n, s, s, channels) of the network's size. Raises UsageError when `source` is not there, InputError for an
-    empty one and for images that do not fit.
+    Of splits `val` is taken, for nothing is to be calibrated on what will be tested with. Labels are not needed, but
+    for shards and for an .npz file of splits; other .npz files have images (n, s, s, channels) of the network's size.
+    Raises UsageError when `source` is not there, InputError for an empty one and for images that do not fit.
     """
     path = Path(source)
     if source in BUILT_IN:
         return _of_dataset(str(source), str(source), spec, count)
     if path.is_dir():
-        files = image_files(path)
+        files = image_files(path / "val" if (path / "val").is_dir() else path)
         if not files and any(path.rglob("*.tar")):
             return _of_dataset(str(source), name_of(path), spec, count)
         if not files:

@@ -81,6 +81,14 @@ def test_a_folder_is_searched_through_and_other_files_are_left(tmp_path):
     assert [round(float(image.mean()), -1) for image in found.images] == [10, 60, 110, 160, 210]
 
 
+def test_of_a_folder_of_splits_the_val_part_is_taken(tmp_path):
+    for split, value in (("train", 10), ("val", 60), ("test", 110)):
+        flat(tmp_path / split / "n01" / "a.png", value)
+    found = read(tmp_path, spec(), 10)
+    assert [round(float(image.mean()), -1) for image in found.images] == [60]
+    assert found.source == tmp_path.name
+
+
 def test_images_of_a_folder_are_preprocessed(tmp_path, image):
     found = read(image.parent, spec(), 1)
     assert np.array_equal(found.images[0], load_image(image, spec()))
