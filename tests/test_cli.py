@@ -192,6 +192,16 @@ def test_progress_without_stderr_goes_nowhere(supernet_file, tmp_path):
     assert json.loads(ran.stdout)["bundle"] == "b"
 
 
+@pytest.mark.parametrize("stderr", ["> >(true)", ">/dev/full"])
+@pytest.mark.parametrize(("heads", "code"), [(2, 0), (99, 2)])
+def test_work_goes_on_where_nobody_hears_of_its_progress(supernet_file, tmp_path, stderr, heads, code):
+    """A log that has no reader or no room any more is no reason to stop half-way, and least of all with exit code 0."""
+    line = f"{sys.executable} -m hydradeploy export --supernet {supernet_file} --bundle b --heads {heads} --json"
+    ran = subprocess.run(["bash", "-c", f"{line} 2{stderr}"], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == code
+    assert (tmp_path / "b" / "manifest.json").exists() == bool(ran.stdout) == (code == 0)
+
+
 def test_a_file_whose_name_is_no_text_is_named(shared_bundle, image, tmp_path):
     named = os.fsencode(tmp_path) + b"/\xff.png"
     shutil.copy(os.fsencode(image), named)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import typer
 
 from hydradeploy.cli.app import app_for
-from hydradeploy.cli.output import say
+from hydradeploy.cli.output import say, silence
 from hydradeploy.errors import EnvironmentFailed, ExitCode, HydraError, MissingError, UsageError
 
 
@@ -79,8 +79,7 @@ def _failed(error: BaseException) -> int:
     except _CLICK_ERROR as wrong:
         return _fail(UsageError(_sentence(wrong), hint=_help_hint(wrong)))
     except (BrokenPipeError, SystemExit):  # the second is typer's answer to the first
-        # The reader of our output has left; so do we, and keep Python from complaining about it on exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)  # the reader of our output has left; so do we
         return ExitCode.OK
     except PackageNotFoundError as absent:
         why = f"the package {absent.name} is not installed, so its version cannot be told"
