@@ -103,7 +103,7 @@ def open_dataset(source: str, split: Split) -> Dataset:
         return _digits(split)
     if source == "glyphs":
         return _glyphs(split)
-    path = Path(source)
+    path = path_of(source)
     if path.is_dir():
         found = shards.find(path)
         if (serving := _serving(split, found, path)) is not None:
@@ -115,6 +115,13 @@ def open_dataset(source: str, split: Split) -> Dataset:
         f"{source}: no such data set",
         hint=f"{', '.join(BUILT_IN)}, a folder with a folder per class or with shards, or an .npz file",
     )
+
+
+def path_of(source: str | Path) -> Path:
+    """Where a data set lies; raises UsageError for an empty name, which would be the directory that this runs in."""
+    if not str(source):
+        raise UsageError("'' is no data set", hint="--data . is this directory; a variable of the shell may be empty")
+    return Path(source)
 
 
 def name_of(path: Path) -> str:

@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hydradeploy.data.datasets import BUILT_IN, SUFFIXES, image_files, name_of, open_dataset, read_arrays, spread
+from hydradeploy.data.datasets import (
+    BUILT_IN,
+    SUFFIXES,
+    image_files,
+    name_of,
+    open_dataset,
+    path_of,
+    read_arrays,
+    spread,
+)
 from hydradeploy.data.preprocess import load_image
 from hydradeploy.errors import InputError, UsageError
 from hydradeploy.spec import Spec
@@ -54,7 +63,7 @@ def read(source: str | Path, spec: Spec, count: int) -> Samples:
     for shards and for an .npz file of splits; other .npz files have images (n, s, s, channels) of the network's size.
     Raises UsageError when `source` is not there, InputError for an empty one and for images that do not fit.
     """
-    path = Path(source)
+    path = path_of(source)
     if source in BUILT_IN:
         return _of_dataset(str(source), str(source), spec, count)
     if path.is_dir():

@@ -261,6 +261,16 @@ def test_a_file_that_is_no_archive_is_refused_by_name(tmp_path, content):
     assert "given by their folder" in str(refused.value.hint)
 
 
+@pytest.mark.parametrize("opened", [lambda: open_dataset("", "test"), lambda: samples.read("", spec(), 4)])
+def test_an_empty_name_is_not_taken_for_the_directory_this_runs_in(tmp_path, monkeypatch, opened):
+    """As an unset variable of the shell leaves it; there may be pictures here that are no data set."""
+    (tmp_path / "c").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "c" / "plot.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="'' is no data set"):
+        opened()
+
+
 def test_a_source_that_is_not_there_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no such data set") as refused:
         open_dataset(str(tmp_path / "none"), "test")
