@@ -68,9 +68,10 @@ def parse(text: str, quantity: Quantity) -> float:
 def parse_percentile(text: str) -> float:
     """The level of `p95` or `p99.9`, 0 to 1; raises UsageError."""
     match = re.fullmatch(r"\s*p([0-9]{1,2}(?:\.[0-9]+)?)\s*", text)
-    if match is None or not float(match[1]):
+    level = 0.0 if match is None else round(float(match[1]) / 100, 9)
+    if not 0 < level < 1:
         raise UsageError(f"{text!r} is not a percentile", hint="write for example p95")
-    return round(float(match[1]) / 100, 9)
+    return level
 
 
 def show_bytes(size_bytes: float) -> str:

@@ -68,6 +68,8 @@ def test_a_rule_is_a_figure_and_by_how_much_it_may_grow(text, figure, percentile
         ("p95:-5%", "not a percentage"),
         ("p95:", "not a percentage"),
         ("p100:+5%", "'p100' is not a percentile"),
+        ("p99.99999999999:+5%", "'p99.99999999999' is not a percentile"),
+        ("p0.00000000001:+5%", "'p0.00000000001' is not a percentile"),
         ("pace:+5%", "'pace' is not a percentile"),
         ("beauty:+5%", "no figure 'beauty'"),
     ],
