@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from hydradeploy.measurements import show_settings, show_way
 from hydradeploy.selector.answer import Answer, Picked, Rejected
@@ -10,7 +11,7 @@ from hydradeploy.selector.budget import percentile_name
 from hydradeploy.selector.regime import SATURATED
 from hydradeploy.units import show_at_most, show_bytes, show_confidence, show_percent, show_seconds
 
-DEVICE_HEADER = ("device", "verdict", "artifact", "p50", "at most", "top-1")
+DEVICE_HEADER = ("device", "verdict", "artifact", "p50", "at most", "top-1", "profile")
 
 
 def answer_lines(answer: Answer, *, explain: bool = False) -> Iterator[str]:
@@ -61,14 +62,16 @@ def sentence(cell: Picked) -> str:
 
 
 def device_row(answer: Answer) -> tuple[str, ...]:
-    """One device's answer below DEVICE_HEADER."""
+    """One profile's answer below DEVICE_HEADER; its file tells one device under several conditions apart."""
     first = (answer.device + (" (this one)" if answer.device_here else ""), answer.verdict)
+    last = Path(answer.profile).name
     cell = answer.pick
     if cell is None:
-        return (*first, "", "", "", "")
+        return (*first, "", "", "", "", last)
     p50, upper = cell.latency_s.p50, cell.latency_s.upper
     shown = "n/a" if p50 is None else show_seconds(p50), "n/a" if upper is None else show_at_most(upper)
-    return (*first, cell.artifact, *shown, "" if cell.accuracy is None else show_percent(cell.accuracy.top1))
+    top1 = "" if cell.accuracy is None else show_percent(cell.accuracy.top1)
+    return (*first, f"{cell.artifact} ({_way(cell)})", *shown, top1, last)
 
 
 def _way(cell: Picked | Rejected) -> str:

@@ -582,6 +582,17 @@ def test_other_conditions_are_noted_with_then_and_now(bare: World):
     assert f"note: {note}" in bare.run("--latency", "5ms").out
 
 
+def test_all_tells_profiles_of_one_device_under_other_conditions_apart_and_how_each_pick_runs(world: World):
+    for heads, mode in ((6, "15W"), (4, "MAXN")):
+        world.measured(world.cell(heads, MS, threads=heads), of=device(), under=conditions(power_mode=mode))
+    out = world.run("--latency", "4.5ms", "--all").out
+    rows = {mode: line for line in out.splitlines() for mode in ("15w", "maxn") if mode in line}
+    assert "h06-fp32 (onnxruntime, 6 threads)" in rows["15w"]
+    assert "h04-fp32 (onnxruntime, 4 threads)" in rows["maxn"]
+    for line in rows.values():  # the file that --profile takes
+        assert (world.profiles / line.split()[-1]).is_file()
+
+
 def test_all_has_a_row_per_profile_with_its_device(world: World):
     world.measured(world.cell(6, MS, measured_at="2026-05-01T00:00:00Z"), of=device(), under=conditions())
     slow = device(name="Slow Toaster")
