@@ -15,7 +15,8 @@ DEVICE_HEADER = ("device", "verdict", "artifact", "p50", "at most", "top-1", "pr
 
 
 def answer_lines(answer: Answer, *, explain: bool = False) -> Iterator[str]:
-    """The answer in one line, then what belongs to it; with `explain` also why each other cell was refused."""
+    """The answer in one line, then what belongs to it; with `explain`, and where not even one came near, why
+    each other cell was refused."""
     if answer.pick is not None:
         yield sentence(answer.pick)
     elif answer.verdict == "infeasible":
@@ -33,9 +34,9 @@ def answer_lines(answer: Answer, *, explain: bool = False) -> Iterator[str]:
         yield f"faster and not significantly less accurate: {sentence(answer.cheaper)}"
     for note in answer.notes:
         yield f"note: {note}"
-    if explain:
-        if answer.runner_up is not None:
-            yield f"next: {sentence(answer.runner_up)}"
+    if explain and answer.runner_up is not None:
+        yield f"next: {sentence(answer.runner_up)}"
+    if explain or (answer.pick is None and answer.nearest is None):
         for cell in answer.rejected:
             yield f"refused: {cell.artifact} ({_way(cell)}): {cell.reason}"
 
