@@ -17,7 +17,7 @@ import msgspec
 
 from hydradeploy.bundle import AccuracyRow
 from hydradeploy.selector.budget import DEFAULT_LEVEL, Budget, Preference
-from hydradeploy.selector.judge import FLAGS, Candidate, Check, checks, combined, hopeless, possible
+from hydradeploy.selector.judge import FLAGS, Candidate, Check, checks, combined, hopeless, possible, too_few
 from hydradeploy.stats.proportions import mcnemar
 
 Verdict = Literal["pass", "infeasible", "inconclusive"]
@@ -94,8 +94,9 @@ def _disturbed(candidate: Candidate, rules: Rules, needs_accuracy: bool) -> bool
 
 def _undecided(candidate: Candidate, budget: Budget) -> bool:
     """Whether a cell that was measured disturbed may meet the budget: what it takes of time and energy undisturbed is
-    not known, unless each single call was over the limit and nothing slowed down all of them."""
-    if hopeless(candidate, budget) and not _SLOWS_ALL.intersection(candidate.cell.flags):
+    not known, unless each single call was too slow and nothing slowed down all of them."""
+    too_slow = hopeless(candidate, budget) or too_few(candidate, budget)
+    if too_slow and not _SLOWS_ALL.intersection(candidate.cell.flags):
         return False
     unmoved = ["memory", "size", "top-1"]
     if candidate.cell.energy_j is None:
@@ -115,7 +116,7 @@ def judged(candidate: Candidate, budget: Budget, rules: Rules) -> list[Check]:
     if refusal is None:
         return list(checks(candidate, budget))
     if _disturbed(candidate, rules, needs_accuracy) and (
-        hopeless(candidate, budget) or not _undecided(candidate, budget)
+        hopeless(candidate, budget) or too_few(candidate, budget) or not _undecided(candidate, budget)
     ):
         # Accepting its flags would not help.
         refusal = candidate.said_of_flags(rules.accept, rules.strict)

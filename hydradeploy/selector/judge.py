@@ -167,6 +167,12 @@ def hopeless(candidate: Candidate, budget: Budget) -> bool:
     return any(_all_over(candidate, limit, budget.confidence) for limit in budget.latency)
 
 
+def too_few(candidate: Candidate, budget: Budget) -> bool:
+    """Whether not even calls that are all as fast as the fastest would make the throughput."""
+    wanted = budget.throughput_per_s
+    return wanted is not None and candidate.in_flight / min(candidate.cell.latency_s) < wanted
+
+
 def checks(candidate: Candidate, budget: Budget) -> Iterator[Check]:
     """Every limit of the budget, judged."""
     cell, artifact = candidate.cell, candidate.artifact

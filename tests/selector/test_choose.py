@@ -18,6 +18,7 @@ from scipy.stats import t as student
 from hydradeploy.selector.budget import PREFERENCES, Budget
 from hydradeploy.selector.choose import Rules, choose, dominated, judged, meets, significantly_less
 from hydradeploy.selector.judge import Candidate, checks, combined, hopeless, possible
+from hydradeploy.selector.regime import callers
 from hydradeploy.stats.latency import bounds
 from hydradeploy.stats.proportions import wilson
 from tests.selector.build import accuracy, artifact, candidate, declared, failed, latencies, limit, share
@@ -95,9 +96,13 @@ def only_disturbed(one: Candidate, budget: Budget, rules: Rules) -> bool:
     would miss undisturbed too."""
     if usable(one, budget, rules) or not usable(unflagged(one), budget, rules):
         return False
+    slowed = {"throttled", "graph-failed"} & set(one.cell.flags)
     for wanted in budget.latency:
-        slowed = {"throttled", "graph-failed"} & set(one.cell.flags)
         if wanted.percentile >= budget.confidence and min(one.cell.latency_s) > wanted.limit_s and not slowed:
+            return False
+    if budget.throughput_per_s is not None and not slowed:
+        images = one.cell.batch * callers(one.cell.regime)
+        if images / min(one.cell.latency_s) < budget.throughput_per_s:
             return False
     unmoved = Budget(
         memory_bytes=budget.memory_bytes,

@@ -368,6 +368,7 @@ def test_where_all_was_measured_disturbed_the_nearest_is_named_without_advice_th
     bare.measured(bare.cell(2, flags=("contended",)), bare.cell(3, flags=("contended",)))
     for options, reason in (
         (("--latency", "1us"), "p95 over 1.00 us"),
+        (("--throughput", "5000/s"), "throughput 498/s, at most 498/s, below 5e+03/s"),
         (("--energy", "1J"), "energy was not measured"),
     ):
         found = bare.json(*options, code=3)
