@@ -44,7 +44,11 @@ def decode(data: bytes, kind: type[_Kind], where: str, schema: int = 1) -> _Kind
     try:
         found = msgspec.json.decode(data, type=_Versioned).schema
         if found != schema:
-            raise IntegrityError(f"{where}: schema {found}, this version reads {schema}", hint="upgrade hydradeploy")
+            older = "an earlier version wrote it: move it away and write it again"
+            raise IntegrityError(
+                f"{where}: schema {found}, this version reads {schema}",
+                hint="upgrade hydradeploy" if found > schema else older,
+            )
         return msgspec.json.decode(data, type=kind)
     except UsageError as error:  # a head count outside the geometry
         raise IntegrityError(f"{where}: {error.message}", hint=hint) from error

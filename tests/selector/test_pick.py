@@ -972,7 +972,14 @@ def edited(path: Path, edit: Any) -> None:
 EDITS = {
     "an unknown field": (lambda d: d.update(colour="red"), "colour"),
     "an unknown field of a cell": (lambda d: d["cells"][1].update(p95=1.0), "cells"),
-    "a schema of the future": (lambda d: d.update(schema=4), "schema 4, this version reads 3"),
+    "a schema of the future": (
+        lambda d: d.update(schema=4),
+        "schema 4, this version reads 3\nhint: upgrade hydradeploy",
+    ),
+    "a schema of the past": (
+        lambda d: d.update(schema=2),
+        "schema 2, this version reads 3\nhint: an earlier version wrote it: move it away and write it again",
+    ),
     "no schema": (lambda d: d.pop("schema"), "schema"),
     "no device": (lambda d: d.pop("device"), "device"),
     "a latency of zero": (lambda d: d["cells"][0]["latency_s"].__setitem__(0, 0), "latency_s"),
