@@ -364,25 +364,32 @@ class _Conversation:
 
 @contextmanager
 def _first_interrupt(tell: Callable[[], None]) -> Iterator[list[int]]:
-    """Ctrl-C (and SIGTERM, which does what that does) tells, once, instead of raising here; the next one raises. The
-    list is empty until then."""
+    """Ctrl-C and SIGTERM, where they would raise here, tell, once, instead; the next one raises. The list is empty
+    until then."""
     told: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
+    answers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A shell has Ctrl-C ignored in the background, and that stays so.
+    raising = {number: answer for number, answer in answers.items() if callable(answer)}
+
+    def put_back() -> None:
+        for number, answer in raising.items():
+            signal.signal(number, answer)
 
     def first(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
+        put_back()
         told.append(number)
         with suppress(Hangup):
             tell()
 
-    if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
+    if threading.current_thread() is not threading.main_thread():
         yield told
         return
-    signal.signal(signal.SIGINT, first)
+    for number in raising:
+        signal.signal(number, first)
     try:
         yield told
     finally:
-        signal.signal(signal.SIGINT, before)
+        put_back()
 
 
 def _by_hash(files: Mapping[str, FileRecord], missing: Missing) -> dict[str, FileRecord]:

@@ -434,13 +434,18 @@ def test_an_account_that_runs_no_commands_says_so_itself(stopped: Device, bundle
     assert error == "orin: This account is currently not available."
 
 
-@pytest.mark.parametrize("to_group", [True, False], ids=["Ctrl-C", "SIGTERM"])
-def test_an_interrupt_here_ends_the_profile_there_and_brings_its_journal(device: Device, bundle, tmp_path, to_group):
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGTERM in the background"])
+def test_an_interrupt_here_ends_the_profile_there_and_brings_its_journal(device: Device, bundle, tmp_path, how):
     """With which it goes on even where the device has lost everything since."""
     profiles = tmp_path / "profiles"
-    run = device.profile(bundle, profiles)
+    if how == "SIGTERM in the background":  # where a script's shell has Ctrl-C ignored
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        run = device.profile(bundle, profiles)
+        signal.signal(signal.SIGINT, before)
+    else:
+        run = device.profile(bundle, profiles)
     wait_for(device, run, 1)
-    os.killpg(run.pid, signal.SIGINT) if to_group else run.send_signal(signal.SIGTERM)
+    os.killpg(run.pid, signal.SIGINT) if how == "Ctrl-C" else run.send_signal(signal.SIGTERM)
     out, err = ended(run, 130)
     assert out == ""
     (journal,) = (device.place / "profiles").glob("*.jsonl")
