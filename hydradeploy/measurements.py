@@ -174,10 +174,12 @@ def show_settings(settings: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={settings[name]}" for name in sorted(settings))
 
 
-def show_way(artifact: str, backend: str, compute_type: str, settings: str, threads: int) -> str:
-    """`onnxruntime, 2 threads`, with settings, and with the compute type where the artifact's name does not tell it."""
-    told = compute_type in artifact.split("-")
-    return ", ".join(filter(None, (backend, "" if told else compute_type, settings, show_number(threads, "thread"))))
+def show_way(artifact: str, backend: str, compute_type: str, settings: str, threads: int, batch: int) -> str:
+    """`onnxruntime, 2 threads`, with settings, with the compute type where the artifact's name does not tell it, and
+    with how many images a call has where it is not one."""
+    told = "" if compute_type in artifact.split("-") else compute_type
+    images = "" if batch == 1 else f"batch {batch}"
+    return ", ".join(filter(None, (backend, told, settings, show_number(threads, "thread"), images)))
 
 
 def read_profile(path: Path) -> Stored:

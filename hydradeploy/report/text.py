@@ -25,8 +25,8 @@ def answer_lines(answer: Answer, *, explain: bool = False) -> Iterator[str]:
         more = "" if answer.more_samples is None else f": about {answer.more_samples} more samples of it would tell"
         yield f"inconclusive on {answer.device}, {answer.nearest and answer.nearest.artifact} may meet the budget{more}"
     if answer.nearest is not None:
-        here = (answer.nearest.artifact, _way(answer.nearest), answer.nearest.batch)
-        reasons = [r.reason for r in answer.rejected if (r.artifact, _way(r), r.batch) == here]
+        here = (answer.nearest.artifact, _way(answer.nearest))
+        reasons = [r.reason for r in answer.rejected if (r.artifact, _way(r)) == here]
         yield f"nearest: {answer.nearest.artifact} ({_way(answer.nearest)}): {reasons[0]}"
     for knob in answer.knobs:
         yield f"would do: {knob}"
@@ -76,7 +76,8 @@ def device_row(answer: Answer) -> tuple[str, ...]:
 
 
 def _way(cell: Picked | Rejected) -> str:
-    return show_way(cell.artifact, cell.backend, cell.compute_type, show_settings(cell.settings), cell.threads)
+    settings = show_settings(cell.settings)
+    return show_way(cell.artifact, cell.backend, cell.compute_type, settings, cell.threads, cell.batch)
 
 
 def _latency(cell: Picked) -> str:

@@ -55,7 +55,7 @@ class CellName(Record, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         regime = "" if self.regime == SATURATED else f", {self.regime}"
-        way = show_way(self.artifact, self.backend, self.compute_type, self.settings, self.threads)
+        way = show_way(self.artifact, self.backend, self.compute_type, self.settings, self.threads, self.batch)
         return f"{self.artifact} ({way}{regime})"
 
 

@@ -51,8 +51,8 @@ class Candidate:
     @property
     def way(self) -> str:
         """How it was run, in words."""
-        cell = self.cell
-        return show_way(self.artifact.name, cell.backend, cell.compute_type, show_settings(cell.settings), cell.threads)
+        cell, settings = self.cell, show_settings(self.cell.settings)
+        return show_way(self.artifact.name, cell.backend, cell.compute_type, settings, cell.threads, cell.batch)
 
     @property
     def in_flight(self) -> int:

@@ -332,9 +332,9 @@ def test_a_fifth_slower_is_found_over_thousands_of_runs():
 
 def test_ways_to_run_an_artifact_are_compared_each_with_itself():
     """Only the one with the setting has become slower."""
-    ways = ({}, {"compute_type": "bf16"}, {"settings": {"hint": "throughput"}})
+    ways = ({}, {"compute_type": "bf16"}, {"batch": 8}, {"settings": {"hint": "throughput"}})
     before = stored(*(measured(seed=i, **way) for i, way in enumerate(ways)))
-    levels = (10 * MS, 10 * MS, 15 * MS)
+    levels = (10 * MS, 10 * MS, 10 * MS, 15 * MS)
     after = stored(
         *(measured(3, level, seed=i, **way) for i, (way, level) in enumerate(zip(ways, levels, strict=True)))
     )
@@ -342,5 +342,6 @@ def test_ways_to_run_an_artifact_are_compared_each_with_itself():
     assert outcomes == {
         "h03-fp32 (onnxruntime, 1 thread)": "ok",
         "h03-fp32 (onnxruntime, bf16, 1 thread)": "ok",
+        "h03-fp32 (onnxruntime, 1 thread, batch 8)": "ok",
         "h03-fp32 (onnxruntime, hint=throughput, 1 thread)": "regression",
     }

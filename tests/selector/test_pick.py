@@ -191,6 +191,14 @@ def test_people_get_the_same_answer_in_a_sentence(world: World):
     assert ran.err == ""
 
 
+def test_a_bound_of_calls_of_several_images_says_so(bare: World):
+    bare.evaluated()
+    bare.measured(bare.cell(4, batch=8), bare.cell(6, batch=8))
+    out = bare.run("--latency", "4.5ms", "--explain").out
+    assert out.startswith("h04-fp32 (onnxruntime, 1 thread, batch 8): p95 at most 4.0")
+    assert "refused: h06-fp32 (onnxruntime, 1 thread, batch 8): p95 over" in out
+
+
 @pytest.mark.parametrize("heads", RIGHT)
 def test_a_bound_as_it_is_told_is_a_budget_that_is_met(world: World, heads: int):
     told = world.run("--latency", f"{heads + 0.5}ms").out
