@@ -213,6 +213,19 @@ def test_a_file_whose_name_is_no_text_is_named(shared_bundle, image, tmp_path):
     assert [Path(entry["image"]).name for entry in document["images"]] == ["\ufffd.png"]
 
 
+def test_what_a_stream_has_no_letter_for_is_escaped(shared_bundle, image, tmp_path):
+    named = tmp_path / "\u56fe\U0001f642\xe9.png"
+    shutil.copy(image, named)
+    command = [sys.executable, "-m", "hydradeploy", "run", str(named), "--bundle", str(shared_bundle)]
+    for options in ([], ["--json"]):
+        ran = subprocess.run(
+            [*command, *options], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"}
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert rb"\u56fe\ud83d\ude42" + b"\xe9.png" in ran.stdout
+    assert json.loads(ran.stdout.decode("latin-1"))["images"][0]["image"] == str(named)
+
+
 @pytest.mark.parametrize("columns", ["1", "40", "500"])
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_table_is_cut_at_no_width(monkeypatch, capsys, columns, terminal):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import io
+import json
 import os
 import signal
 import sys
@@ -40,8 +42,19 @@ def _open_streams() -> None:
             sink = os.open(os.devnull, os.O_WRONLY)
             os.set_inheritable(sink, True)  # what we start has it too
             setattr(sys, name, os.fdopen(sink, "w"))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text; they are printed as they are
-        sys.stdout.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        codecs.register_error("hydradeploy", _printed)
+        sys.stdout.reconfigure(errors="hydradeploy")
+
+
+def _printed(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Names of files need not be text and are printed as they are; what a stream has no letter for is escaped as in
+    JSON, which it may be."""
+    assert isinstance(error, UnicodeEncodeError)
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
