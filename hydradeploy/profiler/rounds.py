@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
+from hydradeploy.bundle import open_bundle
 from hydradeploy.devices import Machine
 from hydradeploy.devices.reading import Reading
 from hydradeploy.errors import ForeignError, MissingError
@@ -95,8 +97,8 @@ class Rounds:
     def measure(self, journal: Journal) -> list[list[Entry]]:
         """Measure what the journal has not yet; the entries of each job, in order of the rounds.
 
-        Raises ForeignError where conditions change on the way, EnvironmentFailed when the disk fails; what was
-        measured is in the journal then.
+        Raises ForeignError where conditions change on the way, EnvironmentFailed when the disk fails, UsageError where
+        the bundle is no longer there; what was measured is in the journal then.
         """
         entries = {(entry.round, entry.cell): entry for entry in journal.entries}
         total = self.preset.rounds * len(self.jobs)
@@ -138,6 +140,7 @@ class Rounds:
         try:
             measured = self.launch(request, patience_s=self._patience_s(request), settled=settled)
         except MissingError as error:
+            open_bundle(Path(request.bundle), "manifest")  # else nobody could be measured any more
             return Entry(round=number, cell=cell, wall_s=self.clock() - began, error=error.message)
         wall_s = self.clock() - began
         readings = self.watch.between(measured.started_s, measured.called_until_s)

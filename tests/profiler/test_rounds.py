@@ -441,6 +441,23 @@ def test_a_refusal_on_the_way_is_a_known_error_and_keeps_the_journal(shared_bund
     assert "4 of 15 measurements are kept" in told[-1]
 
 
+def test_a_bundle_that_is_moved_on_the_way_ends_the_run_which_goes_on_where_it_is_now(bundle, tmp_path):
+    """Else what was measured before would be lost with what could not be."""
+    moved, calls = tmp_path / "elsewhere", itertools.count()
+
+    def launch(request: Request, **_: Any) -> Measured:
+        if next(calls) == 4:
+            bundle.rename(moved)
+            raise MissingError(f"{request.artifact}: the measuring process ended with exit 2: {bundle}: no bundle here")
+        return Launch()(request)
+
+    told: list[str] = []
+    with pytest.raises(UsageError, match="no bundle here"):
+        profile(bundle, tmp_path / "p", launch=launch, here=Steady(), say=told.append, **CHOSEN)
+    assert "4 of 15 measurements are kept; go on with --resume" in told[-1]
+    assert all(cell.error is None for cell in run(moved, tmp_path / "p", Children(), resume=True))
+
+
 def test_a_finished_run_leaves_its_profile_and_nothing_else(shared_bundle, tmp_path):
     run(shared_bundle, tmp_path, Children())
     (stored,) = tmp_path.iterdir()
