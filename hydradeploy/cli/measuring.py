@@ -213,7 +213,9 @@ def _show_profiled(done: _Measured, more: Mapping[str, object], strict: bool, as
         print_json({**found, "left_out": done.left_out, **more})
     else:
         _show_cells(done.cells)
-        print(f"{done.stored.path}: {done.stored.profile.device.name}, {show_number(len(done.cells), 'cell')} measured")
+        failed = sum(cell.error is not None for cell in done.cells)
+        told = f"{show_number(len(done.cells) - failed, 'cell')} measured" + (f", {failed} failed" if failed else "")
+        print(f"{done.stored.path}: {done.stored.profile.device.name}, {told}")
     if strict:
         check_clean(done.cells)
 

@@ -158,6 +158,7 @@ def test_a_cell_that_fails_is_told_and_the_others_are_kept(shared_bundle, tmp_pa
     assert "not measured: h03-fp32: the measuring process ended with SIGKILL: it said nothing\n" in ran.err
     row = next(line for line in ran.out.splitlines() if "h03-fp32" in line)
     assert "failed" in row
+    assert ran.out.rstrip().endswith("1 cell measured, 1 failed")
     cells = {cell.artifact: cell for cell in read_profile(next((tmp_path / "p").glob("*.json"))).profile.cells}
     assert cells["h02-fp32"].error is None
     assert cells["h03-fp32"].error is not None
