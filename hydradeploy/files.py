@@ -28,7 +28,11 @@ _RENAME_EXCHANGE = 2
 
 def user_cache() -> Path:
     """Where what can be had again is kept for this user: ~/.cache/hydradeploy, or in XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydradeploy"
+    try:
+        home = Path.home()
+    except RuntimeError:  # the number of nobody, as services and containers have it; those take this for its home
+        home = Path("/")
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "hydradeploy"
 
 
 def sha256_bytes(data: bytes | bytearray | memoryview) -> str:

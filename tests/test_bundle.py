@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from hydradeploy import export
 from hydradeploy.bundle import GOLDEN, MANIFEST, STAMP, Manifest, form_of, open_bundle, read_manifest
+from hydradeploy.engines.cache import roots
 from hydradeploy.errors import IntegrityError, UsageError
 from hydradeploy.files import sha256_bytes, sha256_file
 from hydradeploy.stored import ITEM_BYTES, layers, stored
@@ -156,6 +157,19 @@ def test_where_a_stamp_cannot_be_left_in_the_bundle_it_is_kept_in_the_cache(bund
     monkeypatch.setattr(module, "sha256_file", lambda path: hashed.append(path.name) or original_hash(path))
     open_bundle(bundle)
     assert "supernet-fp32.weights" not in hashed
+
+
+def test_a_user_without_a_home_opens_a_bundle(bundle, monkeypatch):
+    """A number that is nobody's, as containers and services run under."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    (bundle / STAMP).unlink(missing_ok=True)
+    assert open_bundle(bundle).manifest.artifacts
+    assert roots(bundle) == (bundle / "engines", Path("/.cache/hydradeploy/engines"))
 
 
 def test_a_link_under_the_stamps_name_is_not_followed(bundle, tmp_path, monkeypatch):

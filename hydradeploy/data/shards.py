@@ -229,10 +229,10 @@ def _stamp_of(status: os.stat_result) -> _Stamp:
 def _indexed(paths: Sequence[Path], stamps: Sequence[_Stamp]) -> list[_Index]:
     """The index of each shard, from the cache where it has not changed."""
     cache = _cache_file(paths)
-    cached = {} if cache is None else _load(cache)
+    cached = _load(cache)
     known = [cached.get((path.name, *stamp)) for path, stamp in zip(paths, stamps, strict=True)]
     indices = [index or _scan(path) for index, path in zip(known, paths, strict=True)]
-    if cache is not None and (None in known or len(cached) > len(known)):
+    if None in known or len(cached) > len(known):
         # What is kept only spares time: a disk that is full or may not be written to is no reason to stop.
         with suppress(OSError):
             cache.parent.mkdir(parents=True, exist_ok=True)
@@ -240,14 +240,11 @@ def _indexed(paths: Sequence[Path], stamps: Sequence[_Stamp]) -> list[_Index]:
     return indices
 
 
-def _cache_file(paths: Sequence[Path]) -> Path | None:
+def _cache_file(paths: Sequence[Path]) -> Path:
     """One file for the shards of a split; what is in it says which state of them it is of."""
     kind = _NAMED.fullmatch(paths[0].name)
     named = "\n".join((_FORMAT, os.path.realpath(paths[0].parent), kind[1] if kind else ""))
-    try:
-        return user_cache() / "shards" / f"{sha256_bytes(os.fsencode(named))}.npz"
-    except RuntimeError:  # a user without a home
-        return None
+    return user_cache() / "shards" / f"{sha256_bytes(os.fsencode(named))}.npz"
 
 
 def _load(cache: Path) -> dict[tuple[str, int, int], _Index]:
