@@ -185,6 +185,16 @@ def test_closed_streams_are_no_error(shared_bundle, tmp_path, closed, command, c
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.parametrize(("artifact", "code", "lines"), [(None, 0, 6), ("h99-fp32", 2, 0)])
+def test_a_log_that_cannot_be_written_ends_nothing(shared_bundle, image, artifact, code, lines):
+    """Where it has something to say that is no error, and an error."""
+    named = [] if artifact is None else ["--artifact", artifact]
+    command = [sys.executable, "-m", "hydradeploy", "run", str(image), "--bundle", str(shared_bundle), *named]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert (ran.returncode, len(ran.stdout.splitlines())) == (code, lines)
+
+
 def test_progress_without_stderr_goes_nowhere(supernet_file, tmp_path):
     line = f"{sys.executable} -m hydradeploy export --supernet {supernet_file} --bundle b --heads 2 --json 2>&-"
     ran = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path)
