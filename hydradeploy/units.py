@@ -35,7 +35,6 @@ DURATION = _quantity(
 )
 SIZE = _quantity("a size", "1.5GiB", _DECIMAL | _BINARY)
 ENERGY = _quantity("an energy", "0.4J", {"uJ": 1e-6, "µJ": 1e-6, "mJ": 1e-3, "J": 1.0, "kJ": 1e3})
-POWER = _quantity("a power", "15W", {"mW": 1e-3, "W": 1.0, "kW": 1e3})
 FRACTION = _quantity("a percentage", "78%", {"%": 0.01, "pp": 0.01})
 RATE = _quantity("a rate", "50/s", {"/s": 1.0, "hz": 1.0, "Hz": 1.0, "/min": 1 / 60})
 

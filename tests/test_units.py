@@ -13,7 +13,6 @@ from hydradeploy.units import (
     DURATION,
     ENERGY,
     FRACTION,
-    POWER,
     RATE,
     SIZE,
     parse,
@@ -25,7 +24,7 @@ from hydradeploy.units import (
     show_seconds,
 )
 
-QUANTITIES = (DURATION, SIZE, ENERGY, POWER, FRACTION, RATE)
+QUANTITIES = (DURATION, SIZE, ENERGY, FRACTION, RATE)
 SI = {
     "ns": 1e-9,
     "us": 1e-6,
@@ -47,9 +46,6 @@ SI = {
     "mJ": 1e-3,
     "J": 1.0,
     "kJ": 1e3,
-    "mW": 1e-3,
-    "W": 1.0,
-    "kW": 1e3,
     "%": 0.01,
     "pp": 0.01,
     "/s": 1.0,
@@ -93,7 +89,7 @@ def test_ways_to_write_a_number(text, value):
 
 @pytest.mark.parametrize(
     ("quantity", "suggestion"),
-    [(DURATION, "20ms"), (SIZE, "20GiB"), (ENERGY, "20J"), (POWER, "20W"), (FRACTION, "20%"), (RATE, "20/s")],
+    [(DURATION, "20ms"), (SIZE, "20GiB"), (ENERGY, "20J"), (FRACTION, "20%"), (RATE, "20/s")],
 )
 def test_a_bare_number_is_refused_and_the_hint_gives_it_a_unit(quantity, suggestion):
     with pytest.raises(UsageError, match="has no unit") as refused:
