@@ -11,7 +11,7 @@ the residuals to be log-normal too, and `assumes` says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import mul
@@ -25,6 +25,8 @@ MOST_SPREAD = 0.3
 MOST_DEPENDENCE = 20.0
 # Lags up to twice as many are summed one by one, later ones a part in so many apart: what depends that long is smooth.
 _EACH_LAG = 50
+# From so many samples on their products are summed by numpy.
+_MANY = 10_000
 # Fewer say too little of any distribution.
 LEAST_WORTH = 10.0
 # No upper bound is below that of one of these under it.
@@ -160,15 +162,25 @@ def autocorrelation_time(chains: Sequence[Sequence[float]]) -> float:
 def _autocorrelations(centred: Sequence[Sequence[float]], power: float, noise: float) -> Iterator[tuple[float, int]]:
     """Each autocorrelation above the noise, and for how many lags it stands."""
     lag, longest = 1, max(map(len, centred))
+    product = _products(centred)
     while lag < longest:
         pairs = sum(max(0, len(chain) - lag) for chain in centred)
-        products = sum(sum(map(mul, chain, chain[lag:])) for chain in centred)
-        value = products / pairs / power
+        value = product(lag) / pairs / power
         if value <= noise:
             return
         width = min(max(1, lag // _EACH_LAG), longest - lag)
         yield value, width
         lag += width
+
+
+def _products(centred: Sequence[Sequence[float]]) -> Callable[[int], float]:
+    """The sum of the products of all pairs so many samples apart, by that lag."""
+    if sum(map(len, centred)) < _MANY:
+        return lambda lag: sum(sum(map(mul, chain, chain[lag:])) for chain in centred)
+    import numpy as np  # which takes longer to import than few samples take without it
+
+    arrays = [np.array(chain) for chain in centred]
+    return lambda lag: sum(float(chain[:-lag] @ chain[lag:]) for chain in arrays)
 
 
 @dataclass(frozen=True)
