@@ -117,7 +117,7 @@ def profile_of(
     others = "; ".join(f"{s.path.name} ({', '.join(here.differences(s.profile.device))})" for s in found[:5])
     raise ForeignError(
         f"{profiles}: no profile of this device; found, with what differs (there, here): {others}",
-        hint="measure this device: hydradeploy profile; or plan for another one with --profile FILE",
+        hint="measure this device: hydradeploy profile; or plan for another one with pick --profile FILE",
     )
 
 
@@ -128,7 +128,7 @@ def check_measured(stored: Stored, artifacts: Sequence[Artifact], regime: str, b
         if regimes:
             raise ForeignError(
                 f"{stored.path}: these graphs were not measured {regime}, only {', '.join(regimes)}",
-                hint=f"--regime {regimes[0]}; or {how_to_measure(regime)}",
+                hint=f"pick --regime {regimes[0]}; or {how_to_measure(regime)}",
             )
         measured = ", ".join(dict.fromkeys(cell.artifact for cell in stored.profile.cells)) or "nothing"
         names = ", ".join(artifact.name for artifact in artifacts)

@@ -122,7 +122,7 @@ def _refusal(bundle: Bundle, stored: Stored, found: Sequence[Candidate], request
     if rules.needs_accuracy(request.budget) and all(candidate.accuracy is None for candidate in found):
         return UsageError(
             f"{bundle.path}: no accuracy of these artifacts is known" + _other_weights(bundle),
-            hint="hydradeploy evaluate --data D; or order by size with --assume-larger-is-better",
+            hint="hydradeploy evaluate --data D; or order by size with pick --assume-larger-is-better",
         )
     if rules.strict and all(candidate.cell.flags or candidate.cell.error for candidate in found):
         flags = sorted({flag for candidate in found for flag in candidate.cell.flags})

@@ -663,7 +663,7 @@ def test_a_regime_that_was_not_measured_is_refused_with_those_that_were(world: W
     ):
         with pytest.raises(ForeignError, match=f"not measured {regime}, only paced-7hz, saturated") as refused:
             call(regime, Budget(latency=(limit(95, 1.0),)))
-        assert refused.value.hint == f"--regime paced-7hz; or measure it: hydradeploy profile {option}"
+        assert refused.value.hint == f"pick --regime paced-7hz; or measure it: hydradeploy profile {option}"
 
 
 def test_all_leaves_out_profiles_without_the_regime(world: World):
