@@ -313,17 +313,19 @@ def _declared(bundle: Bundle, table: Path) -> Iterator[AccuracyRow]:
 def _lines(table: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
     wanted = ("artifact", "dataset", "top1", "n")
     try:
-        # Spreadsheets put a byte order mark in front, people a space behind a comma.
+        # Spreadsheets put a byte order mark in front, people spaces around a comma.
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            missing = [name for name in wanted if name not in (reader.fieldnames or ())]
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            missing = [name for name in wanted if name not in reader.fieldnames]
             if missing:
                 raise InputError(f"{table}: no column {', '.join(missing)}", hint=f"the header is {','.join(wanted)}")
             for row in reader:
                 place = f"{table}, line {reader.line_num}"
-                if any(not row[name] for name in wanted):
-                    raise InputError(f"{place}: {', '.join(name for name in wanted if not row[name])} is empty")
-                yield place, row
+                found = {name: (row[name] or "").strip() for name in wanted}
+                if not all(found.values()):
+                    raise InputError(f"{place}: {', '.join(name for name in wanted if not found[name])} is empty")
+                yield place, found
     except FileNotFoundError as error:
         raise UsageError(f"{table}: no such file") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:

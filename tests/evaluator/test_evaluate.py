@@ -393,7 +393,7 @@ def test_verify_finds_damage_in_what_evaluate_wrote(bundle, labelled, cli: Cli, 
 
 def test_a_table_as_spreadsheets_and_people_write_it_is_read(bundle, tmp_path):
     table = tmp_path / "t.csv"
-    table.write_bytes(b"\xef\xbb\xbfartifact, dataset, top1, n\r\nh02-fp32, imagenet, 0.7, 100\r\n")
+    table.write_bytes(b"\xef\xbb\xbfartifact , dataset, top1, n\r\nh02-fp32 , imagenet , 0.7, 100\r\n")
     (row,) = declare(bundle, table).rows
     assert (row.artifact, row.dataset, row.top1, row.n) == ("h02-fp32", "imagenet", 0.7, 100)
 
