@@ -491,9 +491,9 @@ def test_a_full_or_read_only_disk_is_an_environment_failure_and_keeps_the_old_pr
     assert kept in read_only.splitlines()
 
 
-def test_a_file_in_the_place_of_the_directory_is_an_environment_failure(shared_bundle, tmp_path):
+def test_a_file_in_the_place_of_the_directory_stays_what_it_is(shared_bundle, tmp_path):
     (tmp_path / "profiles").write_text("mine")
-    with pytest.raises(EnvironmentFailed, match="file exists while writing into"):
+    with pytest.raises(UsageError, match="this is a file, profiles lie in a directory"):
         profile(shared_bundle, tmp_path / "profiles", heads=(2,), launch=Launch(), here=Here())
     assert (tmp_path / "profiles").read_text() == "mine"
 

@@ -344,7 +344,7 @@ def test_processes_and_parts_share_each_batch_and_an_epoch_has_each_image_once(c
         ({"loss_weights": (1.0, 2.0)}, "2 loss weights for 10 head counts"),
         ({"sample_weights": (50, 50)}, "2 sample weights for 10"),
         ({"sample_weights": (11,) + (10,) * 9}, "sum to 101"),
-        ({"sample_weights": (-10, 20) + (10,) * 7 + (20,)}, "sample weights"),
+        ({"sample_weights": (-10, 20) + (10,) * 7 + (20,)}, "-10 is no sample weight"),
         ({"anchors": (6, 2)}, "anchor 2 is no trained head count"),
         ({"anchors": (6, 3), "distil": 0.5}, "the subnet of 12 heads cannot teach"),
     ],
