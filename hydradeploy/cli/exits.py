@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import io
-import json
 import os
 import signal
 import sys
@@ -50,6 +49,8 @@ def _open_streams() -> None:
 def _printed(error: UnicodeError) -> tuple[str | bytes, int]:
     """Names of files need not be text and are printed as they are; what a stream has no letter for is escaped as in
     JSON, which it may be."""
+    import json  # which few starts need
+
     assert isinstance(error, UnicodeEncodeError)
     try:
         return codecs.lookup_error("surrogateescape")(error)

@@ -95,13 +95,17 @@ def _disturbed(candidate: Candidate, rules: Rules, needs_accuracy: bool) -> bool
 def _undecided(candidate: Candidate, budget: Budget) -> bool:
     """Whether a cell that was measured disturbed may meet the budget: what it takes of time and energy undisturbed is
     not known, unless each single call was too slow and nothing slowed down all of them."""
-    too_slow = hopeless(candidate, budget) or too_few(candidate, budget)
-    if too_slow and not _SLOWS_ALL.intersection(candidate.cell.flags):
+    if _too_slow(candidate, budget) and not _SLOWS_ALL.intersection(candidate.cell.flags):
         return False
     unmoved = ["memory", "size", "top-1"]
     if candidate.cell.energy_j is None:
         unmoved.append("energy")
     return all(check.status != "missed" for check in checks(candidate, budget) if check.limit in unmoved)
+
+
+def _too_slow(candidate: Candidate, budget: Budget) -> bool:
+    """Whether not even calls as fast as those measured would do."""
+    return hopeless(candidate, budget) or too_few(candidate, budget)
 
 
 def meets(candidate: Candidate, budget: Budget) -> bool:
@@ -116,7 +120,7 @@ def judged(candidate: Candidate, budget: Budget, rules: Rules) -> list[Check]:
     if refusal is None:
         return list(checks(candidate, budget))
     if _disturbed(candidate, rules, needs_accuracy) and (
-        hopeless(candidate, budget) or too_few(candidate, budget) or not _undecided(candidate, budget)
+        _too_slow(candidate, budget) or not _undecided(candidate, budget)
     ):
         # Accepting its flags would not help.
         refusal = candidate.said_of_flags(rules.accept, rules.strict)
