@@ -109,6 +109,10 @@ class Here(Record, frozen=True, kw_only=True, tag="here"):
     size_bytes: int
 
 
+class Drop(Record, frozen=True, kw_only=True, tag="drop"):
+    """The profiles that came are kept here, and need not come again."""
+
+
 class Failed(Record, frozen=True, kw_only=True, tag="failed"):
     """The last word: an error with its exit code."""
 
@@ -117,7 +121,9 @@ class Failed(Record, frozen=True, kw_only=True, tag="failed"):
     hint: str | None
 
 
-Message = Hello | Want | Missing | Put | Take | Keep | Run | Alive | Stop | Done | Line | Ended | Bring | Here | Failed
+Message = (
+    Hello | Want | Missing | Put | Take | Keep | Run | Alive | Stop | Done | Line | Ended | Bring | Here | Drop | Failed
+)
 _DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 
 

@@ -3,7 +3,7 @@
 ~/.cache/hydradeploy/remote/NAME-1a2b3c4d/     (XDG_CACHE_HOME, where it is set)
   bundle/       whole or not there: staged beside and exchanged in one step
   incoming/     by their SHA-256, files that have arrived and parts of such, while a copy is not complete
-  profiles/     profiles, and journals of runs that were cut short
+  profiles/     profiles that did not get home, and journals of runs that were cut short
   lock          of the one who works with it
 """
 
@@ -117,6 +117,12 @@ class Place:
     def results(self) -> list[Path]:
         """Profiles and journals."""
         return sorted(path for path in self.profiles.glob("*.json*") if path.suffix in (".json", ".jsonl"))
+
+    def drop(self) -> None:
+        """Remove profiles, which are kept elsewhere by now."""
+        for path in self.profiles.glob("*.json"):
+            with environment(f"removing {path}"):
+                path.unlink()
 
     def _whole(self, wanted: Mapping[str, int]) -> Iterator[tuple[Path, str]]:
         """Files that have arrived, and then such of the bundle, that are wanted."""

@@ -29,14 +29,15 @@ from hydradeploy.errors import (
 from hydradeploy.files import inside, try_writing, write_atomically
 from hydradeploy.measurements import Cell, Profile, Stored, add_profile, read_profiles
 from hydradeploy.remote.channel import (
-    PROTOCOL,
     Alive,
     Bring,
     Channel,
     Done,
+    Drop,
     Ended,
     Failed,
     Hangup,
+    Hello,
     Here,
     Keep,
     Line,
@@ -51,7 +52,7 @@ from hydradeploy.remote.channel import (
 from hydradeploy.remote.contents import begins_with, chunks, contents, place_of
 from hydradeploy.remote.program import START, Wheel, bootstrap, find
 from hydradeploy.remote.ssh import Connection, Session, connected
-from hydradeploy.remote.there import schemas
+from hydradeploy.remote.there import hello
 from hydradeploy.spec import Record, decode
 from hydradeploy.units import show_bytes
 
@@ -144,16 +145,18 @@ def profile(
         code, out = there.run((*arguments, *(["--resume"] if resume else [])))
         brought = there.bring(profiles, unfinished)
         if code != 0:
+            there.drop()
             raise there.error(code)
-    answer = _decoded(out, _Answer, remote.host)
+        answer = _decoded(out, _Answer, remote.host)
+        name = Path(answer.profile).name
+        if name not in brought:
+            raise IntegrityError(f"{remote.host}: {answer.profile} did not come back", hint="run it again")
+        stored = add_profile(profiles, msgspec.structs.replace(brought[name], cells=answer.cells))
+        there.drop()
     shutil.rmtree(unfinished, ignore_errors=True)
     with suppress(OSError):  # those of others
         unfinished.parent.rmdir()
-    name = Path(answer.profile).name
-    if name not in brought:
-        raise IntegrityError(f"{remote.host}: {answer.profile} did not come back", hint="run it again")
-    fresh = msgspec.structs.replace(brought[name], cells=answer.cells)
-    return Brought(add_profile(profiles, fresh), answer.cells, answer.left_out, copied)
+    return Brought(stored, answer.cells, answer.left_out, copied)
 
 
 def plan(
@@ -245,12 +248,11 @@ class _Conversation:
             teller.join(timeout=1.0)  # before the pipe is closed that it writes to
 
     def _greet(self) -> None:
-        hello = self._channel.greeted()
-        here = schemas()
-        if hello.protocol != PROTOCOL or hello.schemas != here:
+        theirs, ours = _formats(self._channel.greeted()), _formats(hello())
+        if theirs != ours:
             raise MissingError(
                 f"{self._connection.host}: {self._program} reads and writes other formats "
-                f"(there {_shown(hello.schemas)}, here {_shown(here)})",
+                f"(there {theirs}, here {ours})",
                 hint="install the one that is here there too, or let --bootstrap WHEEL do it",
             )
 
@@ -320,6 +322,12 @@ class _Conversation:
                 _add_newer(profiles, found[here.name])
         self._check(here, Done)
         return found
+
+    def drop(self) -> None:
+        """Have profiles removed there that are kept here now; where the other end is gone they come once more."""
+        with suppress(Hangup):
+            self._send(Drop())
+            self._check(self._heard(), Done)
 
     def error(self, code: int) -> BaseException:
         """What the profile there ended with: its error, or our Ctrl-C."""
@@ -414,8 +422,8 @@ def _slug(host: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", host.removeprefix("ssh://")).strip("-.")
 
 
-def _shown(schemas: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in schemas.items())
+def _formats(said: Hello) -> str:
+    return ", ".join(f"{name} {number}" for name, number in [("protocol", said.protocol), *said.schemas.items()])
 
 
 def _decoded(out: bytes, kind: type[_Answer], host: str) -> _Answer:

@@ -26,6 +26,7 @@ from hydradeploy.remote.channel import (
     Bring,
     Channel,
     Done,
+    Drop,
     Ended,
     Failed,
     Hangup,
@@ -68,7 +69,7 @@ def main(silence_s: float = SILENCE_S) -> int:
     channel = Channel(sys.stdin.fileno(), sink, silence_s)
     with suppress(Hangup), _environment_in_use():
         try:
-            channel.greet(Hello(protocol=PROTOCOL, version=version("hydradeploy"), schemas=schemas()))
+            channel.greet(hello())
             _serve(channel, silence_s)
         except HydraError as error:
             channel.send(Failed(code=error.exit_code, message=error.message, hint=error.hint))
@@ -86,9 +87,10 @@ def _environment_in_use() -> Iterator[None]:
         yield
 
 
-def schemas() -> dict[str, int]:
-    """The versions of the formats that go to and fro."""
-    return {"bundle": bundle.SCHEMA, "profile": measurements.SCHEMA, "engine": cache.SCHEMA}
+def hello() -> Hello:
+    """What this installation speaks, reads and writes."""
+    schemas = {"bundle": bundle.SCHEMA, "profile": measurements.SCHEMA, "engine": cache.SCHEMA}
+    return Hello(protocol=PROTOCOL, version=version("hydradeploy"), schemas=schemas)
 
 
 def _serve(channel: Channel, silence_s: float) -> None:
@@ -117,6 +119,9 @@ def _answer(channel: Channel, place: Place, files: Mapping[str, FileRecord], ask
             with environment(f"reading {path}"):
                 data = path.read_bytes()
             channel.send(Here(name=path.name, size_bytes=len(data)), [data])
+        channel.send(Done())
+    elif isinstance(asked, Drop):
+        place.drop()
         channel.send(Done())
     elif not isinstance(asked, Stop):  # which may come when the run has ended by itself
         raise _unexpected(asked)

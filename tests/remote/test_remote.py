@@ -96,6 +96,7 @@ def test_the_bundle_goes_there_and_the_profile_comes_back(device: Device, bundle
     (again,) = only(profiles).cells
     assert again.measured_at > cell.measured_at
     assert sorted(os.listdir(device.place)) == ["bundle", "lock", "profiles"]
+    assert os.listdir(device.place / "profiles") == []
     assert os.listdir(device.root / "tmp") == []
 
 
@@ -145,14 +146,17 @@ def test_two_bundles_of_one_name_lie_apart_there(device: Device, bundle, tmp_pat
 
 
 def test_what_was_measured_there_and_did_not_get_to_tell_comes_with_the_next(device: Device, bundle, tmp_path):
-    profiles = tmp_path / "profiles"
-    ended(device.profile(bundle, profiles))
-    (before,) = only(profiles).cells
-    shutil.rmtree(profiles)
-    ended(device.profile(bundle, profiles, "--precision", "fp16"))
-    cells = {cell.artifact: cell for cell in only(profiles).cells}
-    assert cells["h02-fp32"] == before
+    """Once: into another directory a third one brings its own alone."""
+    ended(device.profile(bundle, tmp_path / "first"))
+    (untold,) = only(tmp_path / "first").cells
+    (path,) = (tmp_path / "first").glob("*.json")
+    path.rename(device.place / "profiles" / path.name)
+    ended(device.profile(bundle, tmp_path / "second", "--precision", "fp16"))
+    cells = {cell.artifact: cell for cell in only(tmp_path / "second").cells}
+    assert cells["h02-fp32"] == untold
     assert set(cells) == {"h02-fp32", "h02-fp16"}
+    ended(device.profile(bundle, tmp_path / "third", "--precision", "fp16"))
+    assert [cell.artifact for cell in only(tmp_path / "third").cells] == ["h02-fp16"]
 
 
 def test_a_plan_is_made_there_and_told_here(device: Device, bundle, tmp_path):
@@ -299,7 +303,7 @@ def test_one_that_reads_other_formats_is_refused_before_anything_goes(device: De
     patch = "import hydradeploy.measurements as m; m.SCHEMA = 99; from hydradeploy.cli import main; main()"
     device.install(f'exec {sys.executable} -c "{patch}" "$@"')
     error, _ = refused(device.profile(bundle, tmp_path / "profiles"), 8)
-    assert "reads and writes other formats (there bundle 1, profile 99" in error
+    assert "reads and writes other formats (there protocol 1, bundle 1, profile 99" in error
     assert not (device.home / ".cache").exists()
 
 
